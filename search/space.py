@@ -57,7 +57,7 @@ class Space:
         if vectors.ndim != 2 or vectors.shape[1] != self.n_params:
             raise ValueError(
                 f"genomes have shape {vectors.shape}, expected (n_candidates, {self.n_params}): "
-                f"{len(self.groups.names)} groups x {self.n_adapters} adapters. Pass a single genome as genome[None]."
+                f"{len(self.groups.names)} groups x {self.n_adapters} adapters. Pass one genome as genome[None]."
             )
         if not np.isfinite(vectors).all():
             raise ValueError(
@@ -66,7 +66,7 @@ class Space:
         return np.clip(vectors.reshape(-1, *self.shape), self.low, self.high)
 
     def to_genome(self, coefficients: ArrayLike) -> FloatArray:
-        """Encode coefficients (n_groups, n_adapters) as a genome (n_params,); decoding clips, encoding does not."""
+        """Encode coefficients (n_groups, n_adapters) as a genome (n_params,), without clipping."""
         table = np.array(coefficients, dtype=np.float64)
         if table.shape != self.shape:
             raise ValueError(
@@ -82,8 +82,8 @@ class Space:
 def group_modules(module_names: Iterable[str], kind: Literal["model", "layer"]) -> Groups:
     """Group modules as one ("model") or by decoder layer ("layer"), ordered by depth.
 
-    The layer is the first integer in a module's path: "model.layers.3.mlp.up_proj" and "transformer.h.3.attn.c_attn"
-    are both "layer.3". Modules without one form a last group, "other". Only groups that hold modules exist.
+    The layer is the first integer in a module's path: "model.layers.3.mlp.up_proj" and
+    "transformer.h.3.attn.c_attn" are both "layer.3". Modules without one form a last group, "other". Only groups that hold modules exist.
     """
     modules = sorted(set(module_names))
     if not modules:
