@@ -1,0 +1,1 @@
+"""What a decoder model answers to a batch of queries."""

@@ -1,0 +1,191 @@
+"""Load the base model and its tokenizer from a folder or the Hugging Face hub, and say which weights they are.
+
+Knows folders, hub ids, dtypes and devices; not adapters, prompts or the configuration.
+"""
+
+import re
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError
+from safetensors import SafetensorError
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from search.errors import InputError
+from search.files import sha256_file
+
+DTYPES = ("auto", "float64", "float32", "bfloat16", "float16")
+_TEXT_FILES = ["*.json", "*.model", "*.txt", "*.jinja"]
+_WEIGHT_FILES = ["*.safetensors"]
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedBase:
+    """A base model ready to be searched on: eval mode, no gradients, tokenizer with a padding token."""
+
+    model: nn.Module
+    tokenizer: Any
+    source: str
+    revision: str | None
+    """The resolved commit for a hub id, else None."""
+    sha256: str | None
+    """Hash of the weight files' hashes; None for a model that was never a file."""
+
+
+def load_base(
+    source: str, *, revision: str | None = None, device: str = "auto", dtype: str = "auto"
+) -> LoadedBase:
+    """Load a causal language model and its tokenizer.
+
+    Args:
+        source: an existing folder, else a hub id.
+        device: `auto` is CUDA where there is a device, else the CPU.
+        dtype: `auto` is bfloat16 on CUDA (float16 where it lacks bfloat16) and float32 elsewhere.
+
+    Raises:
+        InputError: if the source, its weights, its tokenizer, the device or the dtype is not there.
+    """
+    chosen_device = choose_device(device)
+    chosen_dtype = choose_dtype(dtype, chosen_device)
+    tokenizer = load_tokenizer(source, revision=revision)
+    folder = _fetch_folder(source, revision, _TEXT_FILES + _WEIGHT_FILES)
+    if not any(folder.glob("*.safetensors")):
+        raise InputError(
+            f"base {source!r}: no *.safetensors in {folder}. Save the model with save_pretrained "
+            "(pickled weights are not read)."
+        )
+    model = _load_model(source, folder, chosen_dtype).to(chosen_device).eval().requires_grad_(False)
+    return LoadedBase(model, tokenizer, source, _commit_of(folder), hash_weights(folder))
+
+
+def load_tokenizer(source: str, *, revision: str | None = None) -> Any:
+    """Load a base's tokenizer, padding with EOS where it has no padding token.
+
+    Raises:
+        InputError: if there is none, or it has no EOS token.
+    """
+    folder = _fetch_folder(source, revision, _TEXT_FILES)
+    if not any(
+        (folder / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+    ):
+        raise InputError(
+            f"base {source!r}: no tokenizer in {folder}. Save it there with tokenizer.save_pretrained."
+        )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"base {source!r}: its tokenizer cannot be read: {_first_line(error)}") from error
+    if tokenizer.eos_token_id is None:
+        raise InputError(
+            f"base {source!r}: its tokenizer has no EOS token. Set eos_token in tokenizer_config.json."
+        )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def read_context(source: str, *, revision: str | None = None) -> int | None:
+    """Return how many tokens the base can read, prompt and answer together, or None where its config says nothing.
+
+    Raises:
+        InputError: if there is no readable config.json.
+    """
+    folder = _fetch_folder(source, revision, _TEXT_FILES)
+    try:
+        config = AutoConfig.from_pretrained(folder).get_text_config()
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"base {source!r}: its config.json cannot be read: {_first_line(error)}") from error
+    return getattr(config, "max_position_embeddings", None)
+
+
+def choose_device(device: str) -> torch.device:
+    """Resolve `auto`, and try the device.
+
+    Raises:
+        InputError: if torch cannot use it here.
+    """
+    name = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise InputError(
+            f"device {device!r} cannot be used here: {_first_line(error)}. Choose auto or cpu."
+        ) from error
+    return torch.device(name)
+
+
+def choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """Resolve `auto` for a device.
+
+    Raises:
+        InputError: if the name is not one of `DTYPES`.
+    """
+    if dtype not in DTYPES:
+        raise InputError(f"dtype {dtype!r} is unknown. Expected one of {', '.join(DTYPES)}.")
+    if dtype != "auto":
+        return getattr(torch, dtype)  # type: ignore[no-any-return]
+    if device.type != "cuda":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+
+
+def hash_weights(folder: Path) -> str | None:
+    """Hash the sorted SHA-256 of a folder's safetensors files; None where there is none."""
+    hashes = sorted(sha256_file(path) for path in folder.glob("*.safetensors"))
+    return sha256("".join(hashes).encode()).hexdigest() if hashes else None
+
+
+def _fetch_folder(source: str, revision: str | None, patterns: list[str]) -> Path:
+    """Return the local folder of a source, downloading the named files (top level only) of a hub id."""
+    if Path(source).is_dir():
+        return Path(source)
+    if not _HUB_ID.fullmatch(source):
+        raise InputError(
+            f"base {source!r}: there is no such folder. Expected a folder or a hub id (org/name)."
+        )
+    try:
+        return Path(
+            snapshot_download(
+                source, revision=revision, allow_patterns=patterns, ignore_patterns=["*/*", "consolidated*"]
+            )
+        )
+    except (OSError, HFValidationError) as error:  # hub and connection errors are OSErrors
+        raise InputError(
+            f"base {source!r}: no such folder, and the Hugging Face hub does not give it: {_first_line(error)} "
+            "Check the name, the revision and the connection; set HF_TOKEN for a gated model."
+        ) from error
+
+
+def _load_model(source: str, folder: Path, dtype: torch.dtype) -> nn.Module:
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, use_safetensors=True, output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
+        raise InputError(
+            f"base {source!r}: the model cannot be loaded: {_first_line(error)} "
+            "Download it again or save it anew."
+        ) from error
+    model, report = loaded
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise InputError(
+            f"base {source!r}: its files lack {len(missing)} of the model's weights, {missing[0]} for one. "
+            "Download it again or save it anew."
+        )
+    return model  # type: ignore[no-any-return]
+
+
+def _commit_of(folder: Path) -> str | None:
+    """Return the commit, which is the folder's name in the hub's cache, or None for other folders."""
+    return folder.name if folder.parent.name == "snapshots" else None
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
