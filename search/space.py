@@ -57,7 +57,7 @@ class Space:
         if vectors.ndim != 2 or vectors.shape[1] != self.n_params:
             raise ValueError(
                 f"genomes have shape {vectors.shape}, expected (n_candidates, {self.n_params}): "
-                f"{len(self.groups.names)} groups x {self.n_adapters} adapters. Pass one genome as genome[None]."
+                f"{len(self.groups.names)} groups x {self.n_adapters} adapters. Pass one as genome[None]."
             )
         if not np.isfinite(vectors).all():
             raise ValueError(
@@ -83,7 +83,8 @@ def group_modules(module_names: Iterable[str], kind: Literal["model", "layer"]) 
     """Group modules as one ("model") or by decoder layer ("layer"), ordered by depth.
 
     The layer is the first integer in a module's path: "model.layers.3.mlp.up_proj" and
-    "transformer.h.3.attn.c_attn" are both "layer.3". Modules without one form a last group, "other". Only groups that hold modules exist.
+    "transformer.h.3.attn.c_attn" are both "layer.3". Modules without one form a last group, "other".
+    Only groups that hold modules exist.
     """
     modules = sorted(set(module_names))
     if not modules:
