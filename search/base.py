@@ -1,4 +1,4 @@
-"""Load the base model and its tokenizer from a folder or the Hugging Face hub, and say which weights they are.
+"""Load the base model and its tokenizer from a folder or the Hugging Face hub; say which weights they are.
 
 Knows folders, hub ids, dtypes and devices; not adapters, prompts or the configuration.
 """
@@ -91,7 +91,7 @@ def load_tokenizer(source: str, *, revision: str | None = None) -> Any:
 
 
 def read_context(source: str, *, revision: str | None = None) -> int | None:
-    """Return how many tokens the base can read, prompt and answer together, or None where its config says nothing.
+    """Return how many tokens the base can read, prompt and answer together; None where its config is silent.
 
     Raises:
         InputError: if there is no readable config.json.
@@ -157,7 +157,7 @@ def _fetch_folder(source: str, revision: str | None, patterns: list[str]) -> Pat
         )
     except (OSError, HFValidationError) as error:  # hub and connection errors are OSErrors
         raise InputError(
-            f"base {source!r}: no such folder, and the Hugging Face hub does not give it: {_first_line(error)} "
+            f"base {source!r}: no such folder, and the hub does not give it: {_first_line(error)} "
             "Check the name, the revision and the connection; set HF_TOKEN for a gated model."
         ) from error
 

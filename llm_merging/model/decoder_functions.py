@@ -48,7 +48,7 @@ def generate(
     batch: Mapping[str, Sequence[Any]],
     max_gen_len: int,
 ) -> tuple[list[list[int]], list[str]]:
-    """Continue each input greedily, up to an end token or `max_gen_len` tokens; return the new ids and texts."""
+    """Continue each input greedily to an end token or `max_gen_len` tokens; return new ids and texts."""
     prompts = [encode_input(input_tokenizer, text) for text in batch["input"]]
     stop_ids = end_ids(transformer, input_tokenizer)
     written = write_greedily(transformer, prompts, max_gen_len, stop_ids, pad=_pad_id(input_tokenizer))

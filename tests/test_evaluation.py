@@ -1,0 +1,175 @@
+"""Answering in batches: the order, the equality with one query at a time, memory, and the written file."""
+
+import csv
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from llm_merging.data import GENERATION, MULTIPLE_CHOICE, Query
+from llm_merging.evaluation import (
+    answer_queries,
+    check_sizes,
+    estimate_seconds,
+    size_queries,
+    write_predictions,
+)
+from llm_merging.model import decoder_functions
+from search.errors import InputError
+from tests.test_base import make_toy_model, make_toy_tokenizer
+
+WORDS = ["add", "the numbers", "who?", "a (b), c: d", "zz", "0123456789", "choose one.\nanswer:"]
+
+
+class Method:
+    """The answering half of a merge method, around a float64 toy model."""
+
+    max_gen_len = 9
+
+    def __init__(self, *, most_rows: int = 10_000) -> None:
+        self.base_model = make_toy_model().double()
+        self.input_tokenizer = self.target_tokenizer = make_toy_tokenizer()
+        self.most_rows = most_rows
+        self.rows_tried: list[int] = []
+
+    def predict_multiple_choice(self, batch):
+        return self._answer(batch, decoder_functions.predict_multiple_choice)
+
+    def generate(self, batch):
+        return self._answer(batch, decoder_functions.generate, self.max_gen_len)
+
+    def _answer(self, batch, function, *args):
+        self.rows_tried.append(len(batch["input"]))
+        if len(batch["input"]) > self.most_rows:
+            raise torch.OutOfMemoryError("out of memory")
+        return function(self.base_model, self.input_tokenizer, self.target_tokenizer, batch, *args)
+
+
+def make_queries(n_queries: int = 40) -> list[Query]:
+    """Both kinds in mixed order, of many lengths; every third choice list holds ties."""
+    queries = []
+    for i in range(n_queries):
+        text = " ".join(WORDS[(i * 5 + k) % len(WORDS)] for k in range(1 + i % 6))
+        if i % 2:
+            choices = (WORDS[i % 7], *WORDS[: i % 4]) if i % 3 else ("same", "same", "same")
+            queries.append(Query(f"q{i}", text, MULTIPLE_CHOICE, choices))
+        else:
+            queries.append(Query(f"q{i}", text, GENERATION))
+    return queries
+
+
+@pytest.fixture(scope="module")
+def one_at_a_time():
+    return answer_queries(Method(), make_queries(), tokens_per_batch=1, progress=False)
+
+
+@pytest.mark.parametrize("tokens_per_batch", [200, 700, None])
+def test_batched_answers_equal_one_query_at_a_time(one_at_a_time, tokens_per_batch):
+    method = Method()
+    assert answer_queries(method, make_queries(), tokens_per_batch=tokens_per_batch) == one_at_a_time
+    assert max(method.rows_tried) > 1
+    assert len(set(one_at_a_time)) > 10  # the toy model does not give one answer to all
+
+
+def test_ties_go_to_the_lowest_index(one_at_a_time):
+    tied = [
+        p
+        for p, q in zip(one_at_a_time, make_queries(), strict=True)
+        if q.answer_choices[:2] == ("same", "same")
+    ]
+    assert tied == ["0"] * len(tied) != []
+
+
+def test_rows_times_length_stay_within_the_budget():
+    method, queries = Method(), make_queries()
+    longest = {
+        id(s.query): s.n_tokens
+        for s in size_queries(queries, method.input_tokenizer, method.target_tokenizer, 9)
+    }
+    seen: list[tuple[int, int]] = []
+    by_input = {q.input + repr(list(q.answer_choices)): q for q in queries}
+
+    def record(batch):
+        members = [
+            by_input[text + repr(choices)]
+            for text, choices in zip(batch["input"], batch["answer_choices"], strict=True)
+        ]
+        seen.append(
+            (sum(max(1, len(q.answer_choices)) for q in members), max(longest[id(q)] for q in members))
+        )
+        return [[]] * len(members), ["x"] * len(members)
+
+    method.generate = record
+    method.predict_multiple_choice = lambda batch: (
+        torch.zeros(len(record(batch)[0]), dtype=torch.long),
+        None,
+    )
+    answer_queries(method, queries, tokens_per_batch=300, progress=False)
+    assert sum(rows for rows, _ in seen) == sum(max(1, len(q.answer_choices)) for q in queries)
+    assert all(rows * width <= 300 for rows, width in seen)
+
+
+def test_batches_that_run_out_of_memory_are_halved_until_they_fit(one_at_a_time):
+    method = Method(most_rows=3)
+    assert answer_queries(method, make_queries(), progress=False) == one_at_a_time
+    failed = [rows for rows in method.rows_tried if rows > 3]
+    assert 1 <= len(failed) <= 8  # learned, not met again at every batch
+
+
+def test_one_query_that_does_not_fit_is_an_error():
+    with pytest.raises(torch.OutOfMemoryError):
+        answer_queries(Method(most_rows=0), make_queries(3), progress=False)
+
+
+@pytest.mark.parametrize("text", ["", " \n"])
+def test_an_empty_answer_becomes_unknown(text):
+    method = Method()
+    method.generate = lambda batch: ([[]] * len(batch["input"]), [text] * len(batch["input"]))
+    assert answer_queries(method, [Query("a", "x", GENERATION)], progress=False) == ["unknown"]
+
+
+def test_a_query_too_long_for_the_model_is_named():
+    tokenizer = make_toy_tokenizer()
+    queries = [
+        Query("fits", "a" * 50, GENERATION),
+        Query("long", "a" * 51, GENERATION),
+        Query("wide", "a" * 50, MULTIPLE_CHOICE, ("b", "c" * 9)),
+    ]
+    sized = size_queries(queries, tokenizer, tokenizer, 9)
+    assert [s.n_tokens for s in sized] == [60, 61, 61]  # BOS and EOS counted
+    check_sizes(sized[:1], 60)
+    for wrong in sized[1:]:
+        with pytest.raises(InputError, match=f"row '{wrong.query.id}'"):
+            check_sizes([sized[0], wrong], 60)
+
+
+def test_the_time_to_answer_is_measured_on_few_batches():
+    method, queries = Method(), make_queries()
+    assert estimate_seconds(method, queries) > 0
+    assert sum(method.rows_tried) <= len(queries)
+    assert estimate_seconds(method, []) == 0
+
+
+def test_predictions_are_written_as_the_kit_expects(tmp_path):
+    queries = [Query("1", "x", GENERATION), Query("b", "y", GENERATION)]
+    write_predictions(tmp_path / "out.csv", queries, ['two\nlines, "é"', "unknown"])
+    with (tmp_path / "out.csv").open(encoding="utf-8", newline="") as file:
+        assert list(csv.reader(file)) == [
+            ["id", "prediction", "dummy_field"],
+            ["1", 'two\nlines, "é"', "0"],
+            ["b", "unknown", "0"],
+        ]
+
+
+def test_a_full_disk_leaves_the_old_file_and_one_clear_line(tmp_path, monkeypatch):
+    path = tmp_path / "out.csv"
+    path.write_text("old")
+    failing = SimpleNamespace(
+        writerow=lambda row: None,
+        writerows=lambda rows: (_ for _ in ()).throw(OSError(28, "No space left on device")),
+    )
+    monkeypatch.setattr(csv, "writer", lambda *args, **kwargs: failing)
+    with pytest.raises(InputError, match="No space left on device"):
+        write_predictions(path, [Query("1", "x", GENERATION)], ["y"])
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
