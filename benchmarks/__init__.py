@@ -1,0 +1,1 @@
+"""Questions answered by scripts; nothing here is imported by the method."""
