@@ -1,0 +1,55 @@
+"""Shared fixtures: toy models and adapters. The hub is switched off for every test."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before any import of huggingface_hub
+
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from search.adapters import Adapter, load_adapter
+from tests.toys import ARCHITECTURES, make_model, mixed_recipes, save_adapter
+
+torch.set_num_threads(1)
+
+
+@cache
+def _shared_model(architecture: str) -> nn.Module:
+    return make_model(architecture)
+
+
+@pytest.fixture(params=ARCHITECTURES)
+def architecture(request: pytest.FixtureRequest) -> str:
+    """Each of the six architectures in turn."""
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def toy_model() -> Callable[[str], nn.Module]:
+    """toy_model("llama") -> a float64 model, shared by the session: leave it as it was."""
+    return _shared_model
+
+
+@pytest.fixture(scope="session")
+def toy_adapters(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Adapter, ...]]:
+    """toy_adapters("llama") -> three adapters of mixed ranks, alphas, rsLoRA, patterns and module sets."""
+
+    @cache
+    def load(architecture: str) -> tuple[Adapter, ...]:
+        folder = tmp_path_factory.mktemp(f"adapters-{architecture}")
+        return tuple(load_adapter(str(path)) for path in _save_all(architecture, folder))
+
+    return load
+
+
+def _save_all(architecture: str, folder: Path) -> list[Path]:
+    model = _shared_model(architecture)
+    return [
+        save_adapter(model, folder / f"expert-{index}", recipe)
+        for index, recipe in enumerate(mixed_recipes(architecture))
+    ]
