@@ -108,5 +108,5 @@ def mix_hidden(x: Tensor, module: StackedModule, c: Tensor) -> Tensor:
 
 
 def delta_weight(module: StackedModule, coefficients: Tensor) -> Tensor:
-    """The dense sum of coefficients[i] * scaling_i * B_i @ A_i, (d_out, d_in), for coefficients (n_adapters,)."""
+    """The dense sum of coefficients[i] * scaling_i * B_i @ A_i, (d_out, d_in); coefficients (n_adapters,)."""
     return (module.B * coefficients[module.owner]) @ module.A

@@ -31,13 +31,13 @@ def architecture(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="session")
 def toy_model() -> Callable[[str], nn.Module]:
-    """toy_model("llama") -> a float64 model, shared by the session: leave it as it was."""
+    """Make a float64 model by architecture; the session shares it, so leave it as it was."""
     return _shared_model
 
 
 @pytest.fixture(scope="session")
 def toy_adapters(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Adapter, ...]]:
-    """toy_adapters("llama") -> three adapters of mixed ranks, alphas, rsLoRA, patterns and module sets."""
+    """Load three adapters by architecture, of mixed ranks, alphas, rsLoRA, patterns and module sets."""
 
     @cache
     def load(architecture: str) -> tuple[Adapter, ...]:
