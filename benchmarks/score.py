@@ -3,8 +3,8 @@
 `python -m benchmarks.score output/test.csv` compares predictions with targets that no part of the method
 reads: exact match after stripping, which for multiple choice compares the index of the choice. With A the
 accuracy of the merge, B that of the base and E that of a task's own expert it prints A, N = A / E (flatters a
-strong base) and R = (A - B) / (E - B) (what was recovered), per task and as means over tasks, then all of it as
-one line of JSON.
+strong base) and R = (A - B) / (E - B) (what was recovered), per task and as means over tasks, then all of it
+as one line of JSON.
 """
 
 import argparse

@@ -20,8 +20,8 @@ from transformers import (
 from search import base
 from search.base import choose_device, choose_dtype, hash_weights, load_base, load_tokenizer, read_context
 from search.errors import InputError
+from tests.toys import N_VOCAB
 
-N_VOCAB = 48
 CHARACTERS = "abcdefghijklmnopqrstuvwxyz0123456789 \n.:?',()"  # 45, after <unk>, <s> and </s>
 
 
