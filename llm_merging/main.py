@@ -1,0 +1,172 @@
+"""Merge the experts, then answer the queries: `python llm_merging/main.py`.
+
+Knows the command line, the order of the steps and the exit codes (0 done, 2 bad input, 130 interrupted). What
+can be refused is refused before the merge starts.
+"""
+# ruff: noqa: E402  the clock starts, and the repository is put on the path, before the slow imports
+
+import argparse
+import logging
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+STARTED_S = time.monotonic()
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from llm_merging.data import Query, read_queries
+from llm_merging.evaluation import (
+    answer_queries,
+    check_sizes,
+    estimate_seconds,
+    size_queries,
+    write_predictions,
+)
+from llm_merging.merging import METHODS, Merges
+from llm_merging.merging.Merges import REPOSITORY, choose_config
+from search.config import SearchConfig, load_config
+from search.errors import InputError
+
+Datasets = dict[Path, list[Query]]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run, and turn bad input and Ctrl-C into one line and an exit code."""
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    try:
+        return run(parse_arguments(argv))
+    except InputError as error:
+        print("error:", " ".join(str(error).splitlines()), file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Check everything, merge, answer; return the exit code."""
+    config = read_config(arguments)
+    datasets = read_datasets(arguments.dataset_filepaths)
+    check_output(arguments.output_folder, arguments.method, list(datasets))
+    method = METHODS[arguments.method](arguments.method, config)
+    method.output = arguments.output_folder / arguments.method
+    method.skip_first_choice_token = arguments.choice_scoring == "kit"
+    check_context(method, datasets)
+    method.measure_reserve_s = lambda: measure_reserve(method, datasets)
+
+    method.merge()
+    method.save_model(method.output)
+    if method.report:
+        print(method.report)
+    print(f"merged: {method.output} (ended by {method.ended_by})", flush=True)
+    if method.ended_by == "interrupt":
+        print(
+            "interrupted: the best merge so far answers now; Ctrl-C again to stop without answers",
+            file=sys.stderr,
+        )
+    for path, queries in datasets.items():
+        answers_path = arguments.output_folder / path.name
+        write_predictions(answers_path, queries, answer_queries(method, queries))
+        print(f"answered: {answers_path} ({len(queries)} rows)")
+    print(f"done in {time.monotonic() - STARTED_S:.0f} s")
+    return 130 if method.ended_by == "interrupt" else 0
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse the command line; mistakes are an InputError."""
+
+    class OneLineParser(argparse.ArgumentParser):
+        def error(self, message: str) -> NoReturn:
+            raise InputError(f"{message}. See --help.")
+
+    parser = OneLineParser(description=__doc__.split(":")[0])
+    parser.add_argument(
+        "-m", "--method", choices=sorted(METHODS), default="my_merge", help="default: %(default)s"
+    )
+    parser.add_argument("--config", type=Path, help="YAML file; default: by the size of the CUDA device")
+    parser.add_argument(
+        "--dataset_filepaths", type=Path, nargs="+", metavar="CSV", help="default: data/test.csv"
+    )
+    parser.add_argument("--output_folder", type=Path, default=Path("output"), help="default: %(default)s")
+    parser.add_argument("--time-box", type=float, metavar="SECONDS", help="from start to last answer")
+    parser.add_argument("--seed", type=int, help="of the search")
+    parser.add_argument(
+        "--choice-scoring",
+        choices=["full", "kit"],
+        default="full",
+        help="kit leaves out each choice's first token",
+    )
+    return parser.parse_args(argv)
+
+
+def read_config(arguments: argparse.Namespace) -> SearchConfig:
+    """Load the configuration asked for or this machine's default, and say which and why in one line."""
+    default, reason = choose_config()
+    path, reason = (arguments.config, "--config") if arguments.config else (default, reason)
+    print(f"config: {path} ({reason}; choose another with --config FILE.yaml)", flush=True)
+    asked = {"search.time_box_s": arguments.time_box, "search.seed": arguments.seed}
+    return load_config(path, [f"{key}={value}" for key, value in asked.items() if value is not None])
+
+
+def read_datasets(paths: Sequence[Path] | None) -> Datasets:
+    """Read the query files, by default data/test.csv of the working directory, else of the repository."""
+    default = Path("data/test.csv")
+    paths = paths or [default if default.exists() else REPOSITORY / default]
+    datasets: Datasets = {}
+    for path in paths:
+        twin = next((other for other in datasets if other.name == path.name), None)
+        if twin is not None:
+            raise InputError(
+                f"{twin} and {path} would both be answered into {path.name}. Rename one of them."
+            )
+        datasets[path] = read_queries(path)
+    return datasets
+
+
+def check_output(folder: Path, method: str, dataset_paths: Sequence[Path]) -> None:
+    """Refuse a folder that cannot be written, or where answers would replace the queries (InputError)."""
+    for path in dataset_paths:
+        target = folder / path.name
+        if target.resolve() == path.resolve():
+            raise InputError(
+                f"the answers would replace the queries in {path}. Choose another --output_folder."
+            )
+        if target.is_dir() or path.name == method:
+            raise InputError(
+                f"cannot write {target}: a folder has that name. Choose another --output_folder."
+            )
+    for needed in (folder, folder / method):
+        try:
+            needed.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=needed):
+                pass
+        except OSError as error:
+            raise InputError(
+                f"cannot write to {needed}: {error.strerror}. Choose another --output_folder."
+            ) from error
+
+
+def check_context(method: Merges, datasets: Datasets) -> None:
+    """Refuse queries longer than the base can read, with its tokenizer alone (InputError)."""
+    method._load_tokenizer()
+    context = method.context()
+    for path, queries in datasets.items():
+        sized = size_queries(queries, method.input_tokenizer, method.target_tokenizer, method.max_gen_len)
+        try:
+            check_sizes(sized, context or sys.maxsize)
+        except InputError as error:
+            raise InputError(f"{path}: {error}") from None
+
+
+def measure_reserve(method: Merges, datasets: Datasets) -> float:
+    """Seconds of the time box that a search may not use: those already gone, and those the answers need."""
+    answers_s = estimate_seconds(method, [query for queries in datasets.values() for query in queries])
+    return answers_s + time.monotonic() - STARTED_S
+
+
+if __name__ == "__main__":
+    sys.exit(main())
