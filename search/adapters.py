@@ -34,6 +34,7 @@ PICKLE_FILE = "adapter_model.bin"
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 _TENSOR_KEY = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _BASE_EDITING_INITS = ("pissa", "olora", "corda", "lora_ga", "loftq")
 _REFUSED_SETTINGS = {
     "use_dora": "DoRA",
@@ -65,10 +66,7 @@ _HUB_FAILURES: tuple[tuple[type[Exception], str], ...] = (
         GatedRepoError,
         "guarded by the hub: accept its terms on its page, then `hf auth login` or set HF_TOKEN",
     ),
-    (
-        RepositoryNotFoundError,
-        "no local folder, and the hub shows none. Check the spelling, or `hf auth login`",
-    ),
+    (RepositoryNotFoundError, "no local folder, and not on the hub. Check its name, or `hf auth login`"),
     (RevisionNotFoundError, "the hub has no such revision. Give a branch, tag or commit that its page lists"),
     (
         EntryNotFoundError,
@@ -203,10 +201,8 @@ def _find_weights(folder: Path, where: str, allow_pickle: bool) -> Path:
         return folder / WEIGHTS_FILE
     if allow_pickle and (folder / PICKLE_FILE).is_file():
         return folder / PICKLE_FILE
-    raise InputError(
-        f"{where}: no {WEIGHTS_FILE} in it. A pickle ({PICKLE_FILE}) is read only with `allow_pickle: true`; "
-        "better convert it to safetensors."
-    )
+    pickled = f"A pickle ({PICKLE_FILE}) is read only with `allow_pickle: true`; better convert it"
+    raise InputError(f"{where}: no {WEIGHTS_FILE} in it. {pickled}.")
 
 
 def _read_tensors(path: Path, where: str) -> dict[str, Tensor]:
@@ -219,12 +215,14 @@ def _read_tensors(path: Path, where: str) -> dict[str, Tensor]:
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise InputError(
-            f"{where}: {path.name} cannot be read ({reason}): truncated, a Git LFS pointer, or unsafe. "
-            "Re-download it."
+            f"{where}: {path.name} is truncated, a Git LFS pointer or unsafe ({reason}). Re-download it."
         ) from error
-    if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
+    if not isinstance(tensors, dict):
         raise InputError(f"{where}: {path.name} holds something else than named tensors. Re-download it.")
     for key, value in tensors.items():
+        if not isinstance(value, Tensor) or value.dtype not in _FLOATS:
+            kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
+            raise InputError(f"{where}: {key} is of type {kind}, expected a float tensor. Drop it.")
         if not torch.isfinite(value).all():
             raise InputError(f"{where}: {key} holds NaN or infinite values. Drop it or train it again.")
     return tensors
@@ -235,9 +233,7 @@ def _pair_factors(tensors: dict[str, Tensor], config: dict[str, Any], where: str
     for key, tensor in tensors.items():
         match = _TENSOR_KEY.fullmatch(key)
         if match is None or tensor.ndim != 2:
-            raise InputError(
-                f"{where}: {_name_tensor(key)} Only lora_A and lora_B matrices can be merged. Drop it."
-            )
+            raise InputError(f"{where}: {_name_tensor(key)} Only lora_A and lora_B can be merged. Drop it.")
         pairs.setdefault(match[1], {})[match[2]] = tensor
     if not pairs:
         raise InputError(f"{where}: no LoRA tensors in its weights file. Re-download it or drop it.")
@@ -261,10 +257,7 @@ def _make_factors(module: str, pair: dict[str, Tensor], config: dict[str, Any], 
         )
     rank = _setting(config, "rank_pattern", module, config.get("r", 8))
     if rank != A.shape[0]:
-        raise InputError(
-            f"{where}: {module} has rank {A.shape[0]} but {CONFIG_FILE} says {rank}. Its files do not belong "
-            "together; re-download it."
-        )
+        raise InputError(f"{where}: {module} has rank {A.shape[0]}, its config says {rank}. Re-download it.")
     alpha = _setting(config, "alpha_pattern", module, config.get("lora_alpha", 8))
     return Factors(A, B, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank))
 
@@ -302,19 +295,15 @@ def check_adapter(adapter: Adapter, model: nn.Module, base_name: str) -> None:
     layers = dict(model.named_modules())
     for module, factors in adapter.modules.items():
         if module not in layers:
-            raise InputError(
-                f"{where}: the base has no module {module!r}. It was made for another base; drop it."
-            )
+            raise InputError(f"{where}: the base has no module {module!r}: made for another base. Drop it.")
         widths = linear_widths(layers[module])
         if widths is None:
             kind = type(layers[module]).__name__
             raise InputError(f"{where}: {module} is a {kind}, expected a Linear or Conv1D layer. Drop it.")
         found = (factors.B.shape[0], factors.A.shape[1])
         if found != widths:
-            raise InputError(
-                f"{where}: {module} is (d_out, d_in) = {found}, the base's is {widths}. "
-                "It was made for another base; drop it."
-            )
+            expected = f"the base's is {widths}: made for another base"
+            raise InputError(f"{where}: {module} is (d_out, d_in) = {found}, {expected}. Drop it.")
 
 
 def _last_component(name: str) -> str:

@@ -10,12 +10,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 from torch import nn
 
 from search.adapters import Adapter, load_adapter
 from tests.toys import ARCHITECTURES, make_model, mixed_recipes, save_adapter
 
 torch.set_num_threads(1)
+settings.register_profile("repeatable", deadline=None, derandomize=True)
+settings.load_profile("repeatable")
 
 
 @cache

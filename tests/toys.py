@@ -1,4 +1,8 @@
-"""Toy models of six architectures, built in memory, and random adapters saved by PEFT itself."""
+"""Toy models of six architectures, built in memory, and random adapters saved by PEFT itself.
+
+Models are float64, but all except GPT-2 and GPT-NeoX normalise in float32, as transformers has it: two exact
+ways to the same logits may differ there by a flipped float32 rounding. `assert_same` allows that, no more.
+"""
 
 import copy
 from collections.abc import Sequence
@@ -6,7 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, get_peft_model
+from hypothesis import strategies as st
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -67,7 +72,7 @@ def make_model(
         model = AutoModelForCausalLM.from_config(copy.deepcopy(CONFIGS[architecture]))
         for parameter in model.parameters():
             parameter.data.add_(torch.randn_like(parameter) * 0.1)
-    model.config.name_or_path = BASE_NAME
+    model.name_or_path = model.config.name_or_path = BASE_NAME  # what PEFT writes into adapter_config.json
     return model.to(dtype).eval().requires_grad_(False)
 
 
@@ -127,8 +132,10 @@ def save_adapter(model: nn.Module, folder: Path, recipe: Recipe | None = None, *
         lora_alpha=recipe.alpha,
         use_rslora=recipe.rslora,
         target_modules=list(recipe.targets),
-        rank_pattern=dict(recipe.rank_pattern),
-        alpha_pattern=dict(recipe.alpha_pattern),
+        rank_pattern=dict(
+            sorted(recipe.rank_pattern.items())
+        ),  # PEFT sorts them when it saves, and the first
+        alpha_pattern=dict(sorted(recipe.alpha_pattern.items())),  # that matches wins
         fan_in_fan_out=model.config.model_type == "gpt2",
         **settings,
     )
@@ -139,6 +146,40 @@ def save_adapter(model: nn.Module, folder: Path, recipe: Recipe | None = None, *
             parameter.data = torch.randn(parameter.shape, generator=gen, dtype=parameter.dtype) * 0.3
     peft_model.save_pretrained(folder, save_embedding_layers=False)
     return folder
+
+
+def load_with_peft(model: nn.Module, folder: Path | str) -> nn.Module:
+    """The oracle: a copy of `model` with the adapter in `folder`, as PEFT runs it."""
+    return PeftModel.from_pretrained(copy.deepcopy(model), folder, autocast_adapter_dtype=False).eval()
+
+
+@st.composite
+def recipes(draw: st.DrawFn) -> Recipe:
+    """Any plain LoRA on a model with q_proj ... down_proj."""
+    ranks, alphas = st.integers(1, 6), st.sampled_from([1, 4, 7.5, 16])
+    keys = st.sampled_from([*_GATED, "layers.0.self_attn.q_proj", "model.layers.1.mlp.up_proj"])
+    return Recipe(
+        rank=draw(ranks),
+        alpha=draw(alphas),
+        rslora=draw(st.booleans()),
+        targets=draw(st.lists(st.sampled_from(_GATED), min_size=1, max_size=4, unique=True)),
+        rank_pattern=draw(st.dictionaries(keys, ranks, max_size=2)),
+        alpha_pattern=draw(st.dictionaries(keys, alphas, max_size=2)),
+        seed=draw(st.integers(0, 99)),
+    )
+
+
+@st.composite
+def coefficient_tables(draw: st.DrawFn, *shape: int) -> torch.Tensor:
+    """Float64 coefficients of the shape: zeros, ones, negative and fractional ones."""
+    value = st.one_of(st.sampled_from([0.0, 1.0, -0.5]), st.floats(-1.5, 1.5, allow_nan=False))
+    size = torch.Size(shape).numel()
+    values = draw(st.lists(value, min_size=size, max_size=size))
+    return torch.tensor(values, dtype=torch.float64).view(shape)
+
+
+def assert_same(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-6)
 
 
 def random_ids(n_rows: int, n_tokens: int, seed: int = 0) -> torch.Tensor:

@@ -1,0 +1,337 @@
+"""Merged adapters, read back by PEFT, and folded models, against the population that found them."""
+
+import copy
+import json
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+import search.merge
+from search.adapters import Adapter, check_adapter, load_adapter
+from search.errors import InputError
+from search.files import write_json
+from search.merge import (
+    MergedAdapter,
+    MergeRecord,
+    coefficients_document,
+    fold_adapters,
+    merge_adapters,
+    write_adapter,
+)
+from search.population import population
+from search.space import Groups, group_modules
+from search.stack import stack_adapters
+from tests.toys import (
+    BASE_NAME,
+    MIXED,
+    Recipe,
+    assert_same,
+    coefficient_tables,
+    load_with_peft,
+    make_model,
+    random_ids,
+    recipes,
+    save_adapter,
+)
+
+IDS = random_ids(2, 6)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model, its adapters and their groups by layer."""
+
+    model: nn.Module
+    adapters: Sequence[Adapter]
+    groups: Groups
+
+    @torch.no_grad()
+    def run(self, coefficients: Tensor) -> Tensor:
+        """The logits that the search saw, both rows under the same coefficients (n_groups, n_adapters)."""
+        stacked = stack_adapters(self.adapters, device="cpu", dtype=torch.float64)
+        with population(self.model, stacked, coefficients.expand(2, -1, -1), self.groups):
+            return self.model(IDS).logits
+
+    def merge(self, coefficients: Tensor, dtype: torch.dtype = torch.float64) -> MergedAdapter:
+        return merge_adapters(
+            self.adapters, coefficients.numpy(), self.groups, base_name=BASE_NAME, dtype=dtype
+        )
+
+    def fold(self, coefficients: Tensor) -> nn.Module:
+        folded = copy.deepcopy(self.model)
+        fold_adapters(folded, self.adapters, coefficients.numpy(), self.groups)
+        return folded
+
+    def random_coefficients(self) -> Tensor:
+        gen = torch.Generator().manual_seed(0)
+        return torch.randn(len(self.groups.names), len(self.adapters), generator=gen, dtype=torch.float64)
+
+
+def make_case(model: nn.Module, adapters: Sequence[Adapter]) -> Case:
+    modules = [name for adapter in adapters for name in adapter.modules]
+    return Case(model, adapters, group_modules(modules, "layer"))
+
+
+Models = Callable[[str], nn.Module]
+Adapters = Callable[[str], Sequence[Adapter]]
+
+
+@pytest.fixture
+def case(architecture: str, toy_model: Models, toy_adapters: Adapters) -> Case:
+    return make_case(toy_model(architecture), toy_adapters(architecture))
+
+
+@pytest.fixture
+def llama(toy_model: Models, toy_adapters: Adapters) -> Case:
+    return make_case(toy_model("llama"), toy_adapters("llama"))
+
+
+# ---- exactness
+
+
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out")  # PEFT sets it itself on Conv1D
+def test_the_written_adapter_in_peft_gives_the_logits_of_the_search(case: Case, tmp_path: Path) -> None:
+    coefficients = case.random_coefficients()
+    write_adapter(case.merge(coefficients), tmp_path / "merged")
+    assert_same(load_with_peft(case.model, tmp_path / "merged")(IDS).logits, case.run(coefficients))
+
+
+def test_the_folded_model_gives_the_logits_of_the_search(case: Case) -> None:
+    coefficients = case.random_coefficients()
+    assert_same(case.fold(coefficients)(IDS).logits, case.run(coefficients))
+
+
+@pytest.mark.filterwarnings("ignore:The following")  # PEFT, on patterns that match nothing
+@settings(max_examples=25)
+@given(data=st.data())
+def test_any_merge_survives_writing_and_folding(data: st.DataObject) -> None:
+    model = make_model("llama")
+    drawn = data.draw(st.lists(recipes(), min_size=1, max_size=3))
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        paths = [save_adapter(model, folder / str(i), recipe) for i, recipe in enumerate(drawn)]
+        case = make_case(model, [load_adapter(str(path)) for path in paths])
+        coefficients = data.draw(coefficient_tables(len(case.groups.names), len(drawn)))
+        write_adapter(case.merge(coefficients), folder / "merged")
+        logits = load_with_peft(model, folder / "merged")(IDS).logits
+    expected = case.run(coefficients)
+    assert_same(logits, expected)
+    assert_same(case.fold(coefficients)(IDS).logits, expected)
+
+
+def test_a_merge_agrees_with_peft_cat(tmp_path: Path, toy_model: Models) -> None:
+    model = toy_model("llama")
+    paths = [save_adapter(model, tmp_path / str(i), Recipe(rank=2 + i, alpha=6, seed=i)) for i in range(2)]
+    oracle = load_with_peft(model, paths[0])
+    oracle.load_adapter(str(paths[1]), "second", autocast_adapter_dtype=False)
+    oracle.add_weighted_adapter(["default", "second"], [0.7, 0.4], "cat", "cat")
+    oracle.set_adapter("cat")
+    case = make_case(model, [load_adapter(str(path)) for path in paths])
+    coefficients = torch.tensor([[0.7, 0.4]], dtype=torch.float64).expand(
+        2, -1
+    )  # per layer, the same in both
+    torch.testing.assert_close(case.fold(coefficients)(IDS).logits, oracle(IDS).logits, rtol=0, atol=1e-5)
+
+
+def test_scaling_is_one_for_every_reader(llama: Case, tmp_path: Path) -> None:
+    merged = llama.merge(llama.random_coefficients())
+    ranks = {
+        key.removesuffix(".lora_A.weight"): tensor.shape[0]
+        for key, tensor in merged.state_dict.items()
+        if key.endswith(".lora_A.weight")
+    }
+    assert len(set(ranks.values())) > 1  # the case has unequal ranks
+    assert merged.config["r"] == merged.config["lora_alpha"] == max(ranks.values())
+    assert merged.config["rank_pattern"] == merged.config["alpha_pattern"]
+    write_adapter(merged, tmp_path / "merged")
+    again = load_adapter(str(tmp_path / "merged"))
+    assert {f.scaling for f in again.modules.values()} == {1.0}
+    check_adapter(again, llama.model, BASE_NAME)
+
+
+def test_adapters_at_zero_take_no_rank(llama: Case) -> None:
+    coefficients = llama.random_coefficients()
+    coefficients[0, 1] = 0  # rank 4 on all modules
+    coefficients[1] = torch.tensor([0.0, 0.0, 1.0])  # only k_proj, v_proj, down_proj
+    state = llama.merge(coefficients).state_dict
+    ranks = {
+        key.removeprefix("base_model.model.model.layers.").removesuffix(".lora_A.weight"): tensor.shape[0]
+        for key, tensor in state.items()
+        if "lora_A" in key
+    }
+    assert ranks == {
+        "0.self_attn.q_proj": 2,
+        "0.self_attn.k_proj": 1,
+        "0.self_attn.v_proj": 2 + 3,
+        "0.mlp.down_proj": 3,
+        "1.self_attn.k_proj": 1,
+        "1.self_attn.v_proj": 3,
+        "1.mlp.down_proj": 6,
+    }
+
+
+def test_a_merge_of_zeros_is_the_base_bit_for_bit(llama: Case, tmp_path: Path) -> None:
+    zeros = llama.random_coefficients() * 0
+    write_adapter(llama.merge(zeros), tmp_path / "merged")
+    base = llama.model(IDS).logits
+    assert torch.equal(load_with_peft(llama.model, tmp_path / "merged")(IDS).logits, base)
+    assert torch.equal(llama.fold(zeros)(IDS).logits, base)
+
+
+def test_equal_ranks_need_no_patterns(tmp_path: Path, toy_model: Models) -> None:
+    path = save_adapter(toy_model("llama"), tmp_path / "x", Recipe(rank=3))
+    case = make_case(toy_model("llama"), [load_adapter(str(path))])
+    merged = case.merge(torch.ones(2, 1, dtype=torch.float64))
+    assert (merged.config["r"], merged.config["rank_pattern"]) == (3, {})
+
+
+# ---- types and weights
+
+
+def test_products_are_taken_in_float32_and_rounded_once(tmp_path: Path) -> None:
+    model = make_model("llama", dtype=torch.bfloat16)
+    paths = [save_adapter(model, tmp_path / str(i), recipe) for i, recipe in enumerate(MIXED[:2])]
+    case = make_case(model, [load_adapter(str(path)) for path in paths])
+    coefficients = case.random_coefficients()
+    name, key = (
+        "model.layers.0.self_attn.q_proj",
+        "base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight",
+    )
+    parts = [
+        (
+            adapter.modules[name].B.float() * (float(c) * adapter.modules[name].scaling),
+            adapter.modules[name].A.float(),
+        )
+        for c, adapter in zip(coefficients[0], case.adapters, strict=True)
+    ]
+    B, A = torch.cat([B for B, _ in parts], dim=1), torch.cat([A for _, A in parts])
+    assert torch.equal(case.merge(coefficients, torch.bfloat16).state_dict[key], B.bfloat16())
+    assert torch.equal(case.merge(coefficients, torch.float32).state_dict[key], B)
+    weight = model.get_submodule(name).weight
+    assert torch.equal(
+        case.fold(coefficients).get_submodule(name).weight, (weight.float() + B @ A).bfloat16()
+    )
+
+
+def test_folding_changes_only_touched_weights_and_keeps_them_in_place(llama: Case) -> None:
+    folded = copy.deepcopy(llama.model)
+    pointers = {name: parameter.data_ptr() for name, parameter in folded.named_parameters()}
+    fold_adapters(folded, llama.adapters, llama.random_coefficients().numpy(), llama.groups)
+    changed = {
+        name.removesuffix(".weight")
+        for name, parameter in folded.named_parameters()
+        if not torch.equal(parameter, llama.model.get_parameter(name))
+    }
+    assert changed == set(llama.groups.group_of)
+    assert pointers == {name: parameter.data_ptr() for name, parameter in folded.named_parameters()}
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word", "ignore:fan_in_fan_out")
+def test_folding_into_a_tied_output_layer_leaves_the_embeddings(tmp_path: Path, toy_model: Models) -> None:
+    model = toy_model("gpt2")
+    assert model.lm_head.weight is model.transformer.wte.weight
+    path = save_adapter(model, tmp_path / "head", Recipe(targets=("lm_head",)))
+    case = make_case(model, [load_adapter(str(path))])
+    one = torch.ones(1, 1, dtype=torch.float64)
+    folded = case.fold(one)
+    assert torch.equal(folded.transformer.wte.weight, model.transformer.wte.weight)
+    assert_same(folded(IDS).logits, case.run(one))
+    folded.save_pretrained(tmp_path / "folded")
+    again = type(model).from_pretrained(tmp_path / "folded", dtype=torch.float64)
+    assert_same(again(IDS).logits, case.run(one))
+
+
+# ---- files
+
+
+def test_an_adapter_that_is_there_is_replaced(llama: Case, tmp_path: Path) -> None:
+    for factor in (1, 2):
+        coefficients = llama.random_coefficients() * factor
+        write_adapter(llama.merge(coefficients), tmp_path / "merged")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["merged"]
+    assert_same(load_with_peft(llama.model, tmp_path / "merged")(IDS).logits, llama.run(coefficients))
+
+
+def test_a_folder_that_holds_something_else_is_left_alone(llama: Case, tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(InputError, match=r"holds 'thesis.txt', which replacing it would delete"):
+        write_adapter(llama.merge(llama.random_coefficients()), tmp_path)
+    assert (tmp_path / "thesis.txt").read_text() == "years of work"
+
+
+def test_a_file_in_the_way_is_one_clear_line_and_stays(llama: Case, tmp_path: Path) -> None:
+    (tmp_path / "merged").write_text("mine")
+    with pytest.raises(InputError, match=r"cannot write .*merged: Not a directory"):
+        write_adapter(llama.merge(llama.random_coefficients()), tmp_path / "merged")
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["mine"]
+
+
+def test_a_full_disk_leaves_nothing_half_written(
+    llama: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(search.merge, "save_file", full)
+    with pytest.raises(InputError, match=r"cannot write .*merged: I/O error: No space left on device"):
+        write_adapter(llama.merge(llama.random_coefficients()), tmp_path / "merged")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_document_is_enough_to_redo_the_merge(llama: Case, tmp_path: Path) -> None:
+    coefficients = llama.random_coefficients()
+    record = MergeRecord(
+        method="my_merge",
+        base={"id": BASE_NAME, "revision": None, "sha256": "0" * 64},
+        objective={"name": "entropy_excess", "loss": 0.25, "per_expert": [0.1, 0.2, 0.4]},
+        provenance={"commit": None, "versions": {}, "seed": 0, "trace": "trace.jsonl"},
+    )
+    path = tmp_path / "coefficients.json"
+    write_json(path, coefficients_document(llama.adapters, coefficients.numpy(), llama.groups, record))
+    read = json.loads(path.read_text())
+    assert list(read) == [
+        "schema",
+        "method",
+        "base",
+        "adapters",
+        "groups",
+        "coefficients",
+        "objective",
+        "provenance",
+    ]
+    names = list(read["groups"])
+    groups = Groups(
+        tuple(names), {module: names.index(g) for g, modules in read["groups"].items() for module in modules}
+    )
+    adapters = [load_adapter(entry["id"]) for entry in read["adapters"]]
+    assert [entry["sha256"] for entry in read["adapters"]] == [adapter.sha256 for adapter in adapters]
+    assert [entry["rank"] for entry in read["adapters"]] == [[2], [4], [1, 3, 6]]
+    assert read["adapters"][0]["scaling"] == [4.0]
+    again = merge_adapters(adapters, read["coefficients"], groups, base_name=BASE_NAME, dtype=torch.float64)
+    expected = llama.merge(coefficients).state_dict
+    assert again.state_dict.keys() == expected.keys()
+    assert all(torch.equal(again.state_dict[key], expected[key]) for key in expected)
+
+
+# ---- checked
+
+
+def test_coefficients_of_another_shape_are_an_error_with_both(llama: Case) -> None:
+    with pytest.raises(ValueError, match=r"shape \(3, 2\), expected \(n_groups, n_adapters\) = \(2, 3\)"):
+        merge_adapters(llama.adapters, np.ones((3, 2)), llama.groups, base_name=BASE_NAME)
+
+
+def test_coefficients_that_are_not_finite_are_an_error_before_any_weight_changes(llama: Case) -> None:
+    folded = copy.deepcopy(llama.model)
+    with pytest.raises(ValueError, match="1 of 6 coefficients are not finite"):
+        fold_adapters(folded, llama.adapters, [[1, 1, 1], [1, 1, np.nan]], llama.groups)
+    assert torch.equal(folded(IDS).logits, llama.model(IDS).logits)
