@@ -69,6 +69,19 @@ def test_both_choice_scorings_equal_the_sums_done_by_hand():
     assert scores[1, 2] == -math.inf
 
 
+def test_a_tie_is_a_tie_although_its_sums_round_differently():
+    """By hand, after x: "x x" has 0.3 x 0.3 x 0.2, "y" has 0.1 x 0.18."""
+    table = [TABLE[0], TABLE[1], [0.4, 0.2, 0.3, 0.1], [0.1, 0.18, 0.5, 0.22]]
+    choices = ["x x", "y"]
+    args = (ChainModel(table), WordTokenizer(), WordTokenizer())
+    scores = predict_multiple_choice(*args, {"input": ["x"], "answer_choices": [choices]})[1][0]
+    rising = [choices[i] for i in scores.argsort().tolist()]
+    assert scores.unique().numel() == 2
+    best, scores = predict_multiple_choice(*args, {"input": ["x"], "answer_choices": [rising]})
+    assert scores[0, 1] > scores[0, 0]
+    assert best.tolist() == [0]
+
+
 def test_the_first_token_decides_where_it_should():
     """By hand: after BOS x has 0.4 and y 0.4, but y ends with 0.3 where x ends with 0.6."""
     table = [[0.1, 0.1, 0.1, 0.7], *TABLE[1:]]
