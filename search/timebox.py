@@ -1,0 +1,58 @@
+"""The deadline of a run: how much time is left, once what must still happen has its share.
+
+Knows seconds and names of reserves, not what they are spent on. Pure standard library.
+"""
+
+import math
+import time
+from collections.abc import Callable
+
+
+class TimeBox:
+    """A wall-clock limit with named reserves for what must still follow.
+
+    Example:
+        box = TimeBox(1200)
+        box.reserve("finalists", 40)
+        while box.fits(1.2 * longest_step_s): ...
+        box.release("finalists")
+    """
+
+    def __init__(
+        self,
+        limit_s: float,
+        *,
+        started_s: float | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Start the clock, or take the reading of `clock` at which it was started."""
+        if math.isnan(limit_s) or limit_s <= 0:
+            raise ValueError(f"a time box of {limit_s} s, expected more than 0")
+        self._limit_s = limit_s
+        self._clock = clock
+        self._started_s = clock() if started_s is None else started_s
+        self._reserves: dict[str, float] = {}
+
+    def elapsed_s(self) -> float:
+        """Seconds since the start."""
+        return self._clock() - self._started_s
+
+    def left_s(self) -> float:
+        """Seconds that are neither spent nor reserved; below 0 once the promise is broken."""
+        return self._limit_s - self.elapsed_s() - sum(self._reserves.values())
+
+    def reserve(self, name: str, seconds: float) -> None:
+        """Keep seconds for a later phase; the same name again replaces its reserve."""
+        if not 0 <= seconds < math.inf:
+            raise ValueError(f"reserve {name!r} of {seconds} s, expected a finite number, 0 or more")
+        self._reserves[name] = seconds
+
+    def release(self, name: str) -> None:
+        """Give a reserve back, when its phase begins."""
+        if name not in self._reserves:
+            raise ValueError(f"no reserve {name!r} to release; reserved: {sorted(self._reserves)}")
+        del self._reserves[name]
+
+    def fits(self, step_s: float) -> bool:
+        """Whether a step of this length ends in time."""
+        return step_s <= self.left_s()
