@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 import search.merge
-from search.adapters import Adapter, check_adapter, load_adapter
+from search.adapters import Adapter, Factors, check_adapter, load_adapter
 from search.errors import InputError
 from search.files import write_json
 from search.merge import (
@@ -194,6 +194,26 @@ def test_equal_ranks_need_no_patterns(tmp_path: Path, toy_model: Models) -> None
     assert (merged.config["r"], merged.config["rank_pattern"]) == (3, {})
 
 
+def test_patterns_keep_apart_modules_whose_names_end_alike(tmp_path: Path) -> None:
+    modules = {
+        name: Factors(torch.ones(rank, 4), torch.ones(5, rank), 0.5)
+        for name, rank in (("proj", 3), ("x.proj", 2), ("y.x.proj", 1))
+    }
+    merged = merge_adapters(
+        [Adapter("a", modules, "", None, "", "")],
+        [[1.0]],
+        Groups(("model",), dict.fromkeys(modules, 0)),
+        base_name="b",
+    )
+    write_adapter(merged, tmp_path / "merged")
+    again = load_adapter(str(tmp_path / "merged")).modules
+    assert {name: (f.A.shape[0], f.scaling) for name, f in again.items()} == {
+        "proj": (3, 1.0),
+        "x.proj": (2, 1.0),
+        "y.x.proj": (1, 1.0),
+    }
+
+
 # ---- types and weights
 
 
@@ -245,6 +265,7 @@ def test_folding_into_a_tied_output_layer_leaves_the_embeddings(tmp_path: Path, 
     folded = case.fold(one)
     assert torch.equal(folded.transformer.wte.weight, model.transformer.wte.weight)
     assert_same(folded(IDS).logits, case.run(one))
+    assert not folded.config.tie_word_embeddings
     folded.save_pretrained(tmp_path / "folded")
     again = type(model).from_pretrained(tmp_path / "folded", dtype=torch.float64)
     assert_same(again(IDS).logits, case.run(one))

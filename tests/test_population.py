@@ -232,6 +232,27 @@ def test_lower_precision_stays_close(llama: Case, dtype: torch.dtype, atol: floa
     assert torch.equal(run(lower, zeros, ids)[0], lower[0](ids).logits[0])
 
 
+def test_candidates_closer_than_bfloat16_still_differ(llama: Case) -> None:
+    lower = make_case(copy.deepcopy(llama[0]).bfloat16(), llama[1])
+    ids = random_ids(1, 40)
+    near = [run(lower, torch.full((1, 2, 3), c, dtype=torch.float64), ids) for c in (0.3, 0.3005)]
+    assert torch.tensor(0.3).bfloat16() == torch.tensor(0.3005).bfloat16()
+    assert not torch.equal(*near)
+
+
+@pytest.mark.gpu
+def test_a_gpu_in_bfloat16_stays_close(llama: Case) -> None:
+    model, adapters, _, groups = llama
+    there = copy.deepcopy(model).to("cuda", torch.bfloat16)
+    stacked = stack_adapters(adapters, device="cuda", dtype=torch.bfloat16)
+    coefficients, ids = (
+        random_coefficients(llama, 3) * 0.3,
+        random_ids(3, 6),
+    )  # coefficients may stay on the CPU
+    logits = run((there, adapters, stacked, groups), coefficients, ids.cuda()).double().cpu()
+    torch.testing.assert_close(logits, run(llama, coefficients, ids), rtol=0, atol=0.15)
+
+
 def test_inference_mode_is_fine(llama: Case) -> None:
     model, _, stacked, groups = llama
     ids, coefficients = random_ids(2, 5), random_coefficients(llama, 2)
