@@ -105,7 +105,7 @@ class DraftWriter:
             draft.problem = _find_problem(tokens, written)
 
     def _decoding(self, max_new_tokens: int, temperature: float) -> Decoding:
-        """Greedy rows say what their expert says; sampled ones are kept to tokens that are text, or an end."""
+        """Greedy rows say what their expert says; sampled ones keep to tokens that are text, or an end."""
         banned = self._banned_ids if temperature else ()
         return Decoding(
             max_new_tokens=max_new_tokens, temperature=temperature, stop_ids=self._stop_ids, banned_ids=banned

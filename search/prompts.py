@@ -120,7 +120,7 @@ def write_prompts(
         skeletons: (n_adapters,) each adapter's own, which take turns; none for free text.
 
     Raises:
-        InputError: if an adapter has a bad skeleton or gives no usable prompt, or one where more are asked for.
+        InputError: if a skeleton is bad, or an adapter gives no usable prompt (one, where more are asked).
     """
     parsed = [tuple(parse_skeleton(text) for text in texts) or (_FREE_TEXT,) for texts in skeletons]
     if len(parsed) != stacked.n_adapters:

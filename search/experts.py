@@ -1,0 +1,151 @@
+"""What the experts say on the prompts they answered, and how far that is from what the base says.
+
+Knows models, prompts and the memory that a forward pass needs; not candidates or losses.
+"""
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.func import functional_call
+
+from search.objective import disagreement, per_expert_means
+from search.population import population
+from search.prompts import PromptSet
+from search.space import Groups
+from search.stack import StackedFactors, at_least_float32
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ExpertSignals:
+    """The target at every scored position, prompt after prompt; tensors on the model's device."""
+
+    logp: Tensor
+    """(n_scored, n_vocab) the expert's log-probabilities of the next token, in float32 at least."""
+    next_tokens: Tensor
+    """(n_scored,) the token that the prompt goes on with."""
+    expert_of: Tensor
+    """(n_scored,) adapter index."""
+    prompt_of: Tensor
+    """(n_scored,) index into the prompt set."""
+    base_kl: NDArray[np.float64]
+    """(n_experts,) mean KL(expert || base) in nats: what there is to steer by."""
+
+
+@dataclass(slots=True)
+class TokenBudget:
+    """How many tokens, padding included, go into one forward pass; halved whenever memory runs out."""
+
+    tokens_per_forward: int
+    oom_events: list[dict[str, int]] = field(default_factory=list)
+    """One {"tokens", "tokens_per_forward"} for each time: what did not fit, the budget from then on."""
+
+    def run(self, lengths: Sequence[int], step: Callable[[list[int]], None]) -> None:
+        """Call `step` on lists of rows that cover all rows, the longest first, each list within the budget.
+
+        Raises:
+            torch.OutOfMemoryError: if one row alone does not fit.
+        """
+        left = sorted(range(len(lengths)), key=lambda row: -lengths[row])
+        while left:
+            longest = lengths[left[0]]
+            rows = left[: max(1, self.tokens_per_forward // longest)]
+            if _fits_in_memory(step, rows):
+                left = left[len(rows) :]
+            else:
+                self._halve(len(rows) * longest)
+
+    def _halve(self, n_tokens: int) -> None:
+        torch.cuda.empty_cache()
+        self.tokens_per_forward = min(n_tokens, self.tokens_per_forward) // 2
+        self.oom_events.append({"tokens": n_tokens, "tokens_per_forward": self.tokens_per_forward})
+        _log.warning("out of memory at %d tokens; going on with %d", n_tokens, self.tokens_per_forward)
+
+
+def _fits_in_memory(step: Callable[[list[int]], None], rows: list[int]) -> bool:
+    try:
+        step(rows)
+    except torch.OutOfMemoryError:
+        if len(rows) == 1:
+            raise
+        return False  # outside the except block the failed step's tensors are free
+    return True
+
+
+def default_token_budget(device: torch.device) -> int:
+    """Tokens that keep a device busy without taking much memory."""
+    return 8192 if device.type == "cuda" else 2048
+
+
+def scored_logp(
+    model: Any, prompts: PromptSet, rows: Sequence[int], weights: dict[str, Tensor] | None = None
+) -> Tensor:
+    """Log-probabilities (n_scored, n_vocab) at the scored positions of the prompts `rows`, row after row.
+
+    Rows are padded on the right, which nothing before can see. Only columns that some row scores pass through
+    the output layer. Softmax in float32 at least.
+
+    Args:
+        weights: parameters, by name, to use in place of the model's own.
+    """
+    longest = max(len(prompts.ids[row]) for row in rows)
+    ids = torch.tensor([[*prompts.ids[row], *[0] * (longest - len(prompts.ids[row]))] for row in rows])
+    positions = torch.tensor([position for row in rows for position in prompts.scored[row]])
+    columns, column_of = torch.unique(positions, return_inverse=True)
+    inputs = {
+        "input_ids": ids.to(model.device),
+        "logits_to_keep": columns.to(model.device),
+        "use_cache": False,
+    }
+    if weights is None:
+        logits = model(**inputs).logits  # (n_rows, n_columns, n_vocab)
+    else:
+        logits = functional_call(model, weights, (), inputs, tie_weights=False).logits
+    row_of = torch.repeat_interleave(torch.tensor([len(prompts.scored[row]) for row in rows]))
+    scored = logits[row_of.to(model.device), column_of.to(model.device)]
+    return torch.log_softmax(scored.to(at_least_float32(scored.dtype)), -1)
+
+
+@torch.no_grad()
+def expert_signals(
+    model: Any,
+    stacked: StackedFactors,
+    groups: Groups,
+    prompts: PromptSet,
+    *,
+    tokens_per_forward: int | None = None,
+) -> ExpertSignals:
+    """Score every prompt under its own expert, and under the base to compare."""
+    one_hot = torch.zeros(prompts.n_prompts, len(groups.names), stacked.n_adapters)
+    one_hot[range(prompts.n_prompts), :, prompts.expert] = 1
+    next_tokens = [
+        torch.tensor([ids[t + 1] for t in scored]).to(model.device)
+        for ids, scored in zip(prompts.ids, prompts.scored, strict=True)
+    ]
+    n_scored = [len(scored) for scored in prompts.scored]
+    signals: dict[int, tuple[Tensor, Tensor]] = {}  # prompt -> log-probabilities, KL
+
+    def step(rows: list[int]) -> None:
+        with population(model, stacked, one_hot[rows], groups):
+            expert_logp = scored_logp(model, prompts, rows)
+        base_logp = scored_logp(model, prompts, rows)
+        tokens = torch.cat([next_tokens[row] for row in rows])
+        kl = disagreement("forward_kl", base_logp, expert_logp, tokens)
+        counts = [n_scored[row] for row in rows]
+        of_each = zip(torch.split(expert_logp, counts), torch.split(kl, counts), strict=True)
+        signals.update(zip(rows, of_each, strict=True))
+
+    budget = TokenBudget(tokens_per_forward or default_token_budget(model.device))
+    budget.run([len(ids) for ids in prompts.ids], step)
+    prompt_of = torch.repeat_interleave(torch.tensor(n_scored)).to(model.device)
+    expert_of = torch.from_numpy(prompts.expert).to(model.device)[prompt_of]
+    logp, kl = (torch.cat([signals[row][i] for row in range(prompts.n_prompts)]) for i in (0, 1))
+    base_kl = per_expert_means(kl.double(), expert_of, prompts.n_experts).cpu().numpy()
+    return ExpertSignals(logp, torch.cat(next_tokens), expert_of, prompt_of, base_kl)
