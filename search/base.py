@@ -22,7 +22,7 @@ from search.files import sha256_file
 DTYPES = ("auto", "float64", "float32", "bfloat16", "float16")
 _TEXT_FILES = ["*.json", "*.model", "*.txt", "*.jinja"]
 _WEIGHT_FILES = ["*.safetensors"]
-_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_BASE_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +145,7 @@ def _fetch_folder(source: str, revision: str | None, patterns: list[str]) -> Pat
     """Return the local folder of a source, downloading the named files (top level only) of a hub id."""
     if Path(source).is_dir():
         return Path(source)
-    if not _HUB_ID.fullmatch(source):
+    if not _BASE_HUB_ID.fullmatch(source):
         raise InputError(
             f"base {source!r}: there is no such folder. Expected a folder or a hub id (org/name)."
         )
