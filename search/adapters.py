@@ -32,7 +32,7 @@ CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 PICKLE_FILE = "adapter_model.bin"
 
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
+_ADAPTER_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 _TENSOR_KEY = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _BASE_EDITING_INITS = ("pissa", "olora", "corda", "lora_ga", "loftq")
@@ -54,11 +54,8 @@ _REFUSED_TENSORS = {
     "lora_embedding_": "LoRA on an embedding",
     "lora_magnitude_vector": "DoRA",
     "lora_B.bias": "a bias on lora_B",
-    "trainable_tokens": "trained token embeddings",
     "embed": "embeddings of its own (a resized vocabulary)",
-    "wte": "embeddings of its own (a resized vocabulary)",
     "lm_head": "an output layer of its own (a resized vocabulary)",
-    "modules_to_save": "whole trained modules",
 }
 _HUB_ERRORS: tuple[type[Exception], ...] = (*HfHubHTTPError.__bases__, EntryNotFoundError, ValueError)
 _HUB_FAILURES: tuple[tuple[type[Exception], str], ...] = (
@@ -134,7 +131,7 @@ def load_adapter(
 
 def _download(source: str, revision: str | None, where: str, allow_pickle: bool) -> Path:
     """Fetch the adapter's files (nothing else) from the hub, or its local cache."""
-    if not _HUB_ID.fullmatch(source):
+    if not _ADAPTER_HUB_ID.fullmatch(source):
         raise InputError(f"{where}: no such folder, and not a hub id (org/name). Check `source`.")
     files = [CONFIG_FILE, WEIGHTS_FILE, *([PICKLE_FILE] if allow_pickle else [])]
     try:
@@ -171,10 +168,8 @@ def _check_settings(config: dict[str, Any], where: str) -> None:
         raise InputError(f"{where}: trained biases (bias: {config['bias']!r}) cannot be merged. Drop it.")
     start = str(config.get("init_lora_weights", True)).lower()
     if start.startswith(_BASE_EDITING_INITS):
-        raise InputError(
-            f"{where}: init_lora_weights {start!r} changed the base that it was trained on. Convert it "
-            "to plain LoRA (PEFT: save_pretrained with path_initial_model_for_weight_conversion) or drop it."
-        )
+        cure = "Convert it to plain LoRA (PEFT: path_initial_model_for_weight_conversion) or drop it"
+        raise InputError(f"{where}: init_lora_weights {start!r} changed the base it was trained on. {cure}.")
     _check_numbers(config, where)
 
 
@@ -214,9 +209,8 @@ def _read_tensors(path: Path, where: str) -> dict[str, Tensor]:
             tensors = load_file(path)
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise InputError(
-            f"{where}: {path.name} is truncated, a Git LFS pointer or unsafe ({reason}). Re-download it."
-        ) from error
+        found = f"{path.name} is truncated, a Git LFS pointer or unsafe ({reason})"
+        raise InputError(f"{where}: {found}. Re-download it.") from error
     if not isinstance(tensors, dict):
         raise InputError(f"{where}: {path.name} holds something else than named tensors. Re-download it.")
     for key, value in tensors.items():
@@ -251,10 +245,9 @@ def _make_factors(module: str, pair: dict[str, Tensor], config: dict[str, Any], 
         raise InputError(f"{where}: {module} has lora_{present} but no lora_{absent}. Re-download it.")
     A, B = pair["A"], pair["B"]
     if A.shape[0] != B.shape[1]:
-        raise InputError(
-            f"{where}: {module}: lora_A has rank {A.shape[0]} but lora_B has rank {B.shape[1]} "
-            f"(A {tuple(A.shape)}, B {tuple(B.shape)}). Re-download it or drop it."
-        )
+        ranks = f"lora_A has rank {A.shape[0]} but lora_B has rank {B.shape[1]}"
+        shapes = f"A {tuple(A.shape)}, B {tuple(B.shape)}"
+        raise InputError(f"{where}: {module}: {ranks} ({shapes}). Re-download it or drop it.")
     rank = _setting(config, "rank_pattern", module, config.get("r", 8))
     if rank != A.shape[0]:
         raise InputError(f"{where}: {module} has rank {A.shape[0]}, its config says {rank}. Re-download it.")
