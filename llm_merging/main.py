@@ -60,20 +60,22 @@ def run(arguments: argparse.Namespace) -> int:
 
     method.merge()
     method.save_model(method.output)
-    if method.report:
-        print(method.report)
-    print(f"merged: {method.output} (ended by {method.ended_by})", flush=True)
-    if method.ended_by == "interrupt":
-        print(
-            "interrupted: the best merge so far answers now; Ctrl-C again to stop without answers",
-            file=sys.stderr,
-        )
+    tell_merge(method)
     for path, queries in datasets.items():
         answers_path = arguments.output_folder / path.name
         write_predictions(answers_path, queries, answer_queries(method, queries))
         print(f"answered: {answers_path} ({len(queries)} rows)")
     print(f"done in {time.monotonic() - STARTED_S:.0f} s")
     return 130 if method.ended_by == "interrupt" else 0
+
+
+def tell_merge(method: Merges) -> None:
+    """Print what was merged, and what Ctrl-C does from here on."""
+    ended = f" (search ended by {method.ended_by})" if method.ended_by else ""
+    print(*filter(None, [method.report, f"merged: {method.output}{ended}"]), sep="\n", flush=True)
+    if method.ended_by == "interrupt":
+        again = "the best merge so far answers now; Ctrl-C again to stop without answers"
+        print(f"interrupted: {again}", file=sys.stderr)
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -64,9 +64,10 @@ class Merges:
         """True reproduces the kit's own scoring of choices."""
         self.measure_reserve_s: Callable[[], float] = lambda: 0.0
         """Seconds of the time box that are not the method's: already gone, or needed to answer afterwards."""
-        self.ended_by = "evaluations"
-        """What ended the method's search: evaluations, clock or interrupt."""
+        self.ended_by = ""
+        """What ended the method's search: evaluations, clock or interrupt; empty where there was none."""
         self.report = ""
+        """What the method has to say about its merge, for people."""
         if token := os.environ.get("HF_AUTH_TOKEN"):
             os.environ.setdefault("HF_TOKEN", token)
 
