@@ -53,8 +53,8 @@ class Generation:
         n = len(self.genomes)
         if self.genomes.ndim != 2 or self.losses.shape != (n,) or self.per_expert.shape[:-1] != (n,):
             raise ValueError(
-                f"generation {self.index}: shapes {self.genomes.shape}, {self.losses.shape}, {self.per_expert.shape} "
-                "of genomes, losses, per_expert are not (n, n_params), (n,), (n, n_experts)"
+                f"generation {self.index}: genomes {self.genomes.shape}, losses {self.losses.shape}, "
+                f"per_expert {self.per_expert.shape} are not (n, n_params), (n,), (n, n_experts)"
             )
 
 
@@ -101,7 +101,7 @@ class TraceWriter:
     def _write(self, kind: str, marks: dict[str, Any], content: Mapping[str, Any]) -> None:
         """Put one whole line on disk, or leave the file as it was."""
         if not self._has_header:
-            raise ValueError(f"{self._path}: a trace starts with its header, not with a {kind}")
+            raise ValueError(f"{self._path}: a trace starts with its header, found kind {kind!r}")
         line = {"kind": kind, **marks}
         if taken := line.keys() & content.keys():
             raise ValueError(f"{self._path}: a {kind} may not have fields named {sorted(taken)}")
