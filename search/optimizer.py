@@ -34,7 +34,7 @@ PYCMA_OPTIONS = {
     "tolxstagnation": False,
 }
 """Two-point step size (Hansen 2008, arXiv:0805.0231): on quadratics of 60 to 240 parameters, after 125
-generations of 16 candidates, a third of the loss that pycma's default leaves; equal at 10. And none of pycma's
+generations of 16 candidates, a third of the loss that pycma's default leaves; equal at 10. None of pycma's
 stopping rules: nevergrad answers a stop by silently starting over at the first point."""
 
 
