@@ -22,7 +22,6 @@ SCHEMA = 1
 """Raised when a reader of the old schema would misread a new trace; new fields alone do not."""
 
 _WAY_OUT = "remove this line and all after it to keep what came before"
-_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -182,7 +181,7 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
         except ValueError as error:
             if number < len(raw):
                 raise InputError(f"{path}:{number}: damaged line: {error}; {_WAY_OUT}") from error
-            _log.warning("%s:%d: the last line was cut off while written; left out", path, number)
+            logging.getLogger(__name__).warning("%s:%d: the last line was cut off; left out", path, number)
     return lines
 
 

@@ -1,0 +1,157 @@
+"""The house rules that a reader relies on: who imports whom, names that are unique, sizes, first lines."""
+
+import ast
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+LAYERS = (
+    {"errors"},
+    {"files", "objective", "sampling", "skeleton", "space", "timebox", "trace", "yaml_input"},
+    {"adapters", "base", "config", "loop", "optimizer"},
+    {"stack"},
+    {"merge", "population"},
+    {"drafts"},
+    {"prompts"},
+    {"experts"},
+    {"evaluate"},
+    {"run"},
+    {"__init__", "__main__"},
+)
+"""A file of search/ imports only from layers above its own here."""
+TORCH_FREE = {
+    *("config", "errors", "files", "loop", "optimizer", "skeleton", "space", "timebox", "trace", "yaml_input")
+}
+ONLY_IN = {
+    "nevergrad": {"optimizer"},
+    "cma": {"optimizer"},
+    "ray": set(),
+    "pandas": set(),
+    "matplotlib": set(),
+}
+FORBIDDEN_IN_SEARCH = {"llm_merging", "benchmarks", "tests"}
+MAX_FILE_LINES, MAX_FUNCTION_LINES = 300, 45
+
+LAYER_OF = {name: layer for layer, names in enumerate(LAYERS) for name in names}
+SEARCH = sorted((ROOT / "search").glob("*.py"))
+SIZED = SEARCH + sorted(
+    path for folder in ("llm_merging", "benchmarks") for path in (ROOT / folder).rglob("*.py")
+)
+TESTS = sorted((ROOT / "tests").rglob("*.py"))
+
+
+def label(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def parse(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def imports(path: Path) -> Iterator[tuple[str, str]]:
+    """Every import of a file, inside functions too: the module, and how it is written."""
+    for node in ast.walk(parse(path)):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield alias.name, ast.unparse(node)
+        elif isinstance(node, ast.ImportFrom):
+            yield "." * node.level + (node.module or ""), ast.unparse(node)
+
+
+def packages(path: Path) -> set[str]:
+    """Top-level packages that a file imports itself."""
+    return {module.partition(".")[0] for module, _ in imports(path)}
+
+
+def siblings(path: Path) -> set[str]:
+    """Files of search/ that a file imports itself."""
+    return {module.split(".")[1] for module, _ in imports(path) if module.startswith("search.")}
+
+
+def reachable(name: str) -> set[str]:
+    """Files of search/ that importing one of them runs, itself included."""
+    reached: set[str] = set()
+    waiting = [name]
+    while waiting:
+        current = waiting.pop()
+        if current not in reached:
+            reached.add(current)
+            waiting.extend(siblings(ROOT / "search" / f"{current}.py"))
+    return reached
+
+
+def module_names(body: list[ast.stmt]) -> Iterator[str]:
+    """Names that statements define at module level; imports and dunders left out."""
+    for node in body:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            yield node.name
+        elif isinstance(node, ast.Assign | ast.AnnAssign | ast.AugAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            yield from (n.id for target in targets for n in ast.walk(target) if isinstance(n, ast.Name))
+        elif isinstance(node, ast.If | ast.Try | ast.With):
+            yield from module_names(node.body + getattr(node, "orelse", []))
+
+
+@pytest.mark.parametrize("path", SEARCH, ids=label)
+def test_imports_point_down(path):
+    assert path.stem in LAYER_OF, f"give {path.name} its place in LAYERS"
+    above = {name for name in siblings(path) if LAYER_OF[name] >= LAYER_OF[path.stem]}
+    assert not above, f"{path.name} (layer {LAYER_OF[path.stem]}) may not import from {sorted(above)}"
+
+
+@pytest.mark.parametrize("path", SEARCH, ids=label)
+def test_the_library_is_imported_name_by_name(path):
+    for module, written in imports(path):
+        assert not module.startswith("."), f"{written}: write `from search.x import name`"
+        assert module != "search", f"{written}: write `from search.x import name`"
+        assert not (module.startswith("search.") and written.startswith("import ")), written
+        assert not written.endswith("import *"), written
+
+
+@pytest.mark.parametrize("path", SEARCH, ids=label)
+def test_the_library_does_not_know_who_uses_it(path):
+    assert not packages(path) & FORBIDDEN_IN_SEARCH
+
+
+@pytest.mark.parametrize("path", SEARCH, ids=label)
+def test_a_package_that_one_file_wraps_is_imported_there_only(path):
+    for package, files in ONLY_IN.items():
+        assert package not in packages(path) or path.stem in files, f"{package} belongs in {sorted(files)}"
+
+
+@pytest.mark.parametrize("name", sorted(TORCH_FREE))
+def test_torch_free_files_stay_torch_free(name):
+    for reached in reachable(name):
+        heavy = packages(ROOT / "search" / f"{reached}.py") & {"torch", "transformers", "peft"}
+        assert not heavy, f"{name} imports {heavy} through {reached}"
+
+
+def test_module_level_names_are_unique_across_the_library():
+    homes = defaultdict(set)
+    for path in SEARCH:
+        for name in module_names(parse(path).body):
+            homes[name].add(path.name)
+    twice = {
+        name: sorted(files) for name, files in homes.items() if len(files) > 1 and not name.startswith("__")
+    }
+    assert not twice
+
+
+@pytest.mark.parametrize("path", SIZED + TESTS, ids=label)
+def test_a_file_opens_with_its_job(path):
+    tree = parse(path)
+    assert not tree.body or ast.get_docstring(tree), "start with a docstring"
+
+
+@pytest.mark.parametrize("path", SIZED, ids=label)
+def test_files_and_functions_stay_small(path):
+    n_lines = len(path.read_text(encoding="utf-8").splitlines())
+    assert n_lines <= MAX_FILE_LINES, f"{n_lines} lines: split it"
+    for node in ast.walk(parse(path)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            body = node.body[1:] if ast.get_docstring(node) else node.body
+            length = node.end_lineno - body[0].lineno + 1 if body else 0
+            assert length <= MAX_FUNCTION_LINES, f"{node.name} has a body of {length} lines: split it"
