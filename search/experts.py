@@ -81,7 +81,7 @@ def _fits_in_memory(step: Callable[[list[int]], None], rows: list[int]) -> bool:
 
 def default_token_budget(device: torch.device) -> int:
     """Tokens that keep a device busy without taking much memory."""
-    return 8192 if device.type == "cuda" else 2048
+    return 8192 if device.type == "cuda" else 1024
 
 
 def scored_logp(

@@ -195,7 +195,7 @@ class _Desk:
 
 def _collect(drafts: Sequence[Draft], positions: str, n_experts: int) -> PromptSet:
     ids = tuple((*draft.prompt, *draft.answer) for draft in drafts)
-    starts = [0 if draft.is_free or positions == "all" else len(draft.prompt) - 1 for draft in drafts]
+    starts = [0 if positions == "all" else len(draft.prompt) - 1 for draft in drafts]  # free text: 0
     return PromptSet(
         ids=ids,
         expert=np.array([draft.adapter for draft in drafts], dtype=np.int64),

@@ -17,7 +17,7 @@ from search.errors import InputError
 
 MAX_CACHED_TOKENS = 65_536
 """Rows x tokens decoded together: 8 GiB of cache for a 7B model with 8 key-value heads."""
-_MAX_PERIOD = 8
+_MAX_PERIOD = 16
 _MIN_STRETCH = 12
 
 
@@ -178,7 +178,7 @@ class _Batch:
 
 
 def is_loop(tokens: Sequence[int]) -> bool:
-    """Whether half of the tokens or more are one phrase of at most 8 tokens, three times or more in a row.
+    """Whether half of the tokens or more are one phrase of at most 16 tokens, three times or more in a row.
 
     Stretches under 12 tokens do not count: a number may be all zeros, a line all dashes.
     """

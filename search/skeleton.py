@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from search.errors import InputError
 
-_SLOT = re.compile(r"\{([A-Za-z_][A-Za-z0-9_]*)\}")
+_SLOT = re.compile(r"\{([A-Za-z_]\w*)\}")
 _WHITESPACE_RUN = re.compile(r"\s+")
 
 

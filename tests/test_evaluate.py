@@ -91,9 +91,9 @@ def test_losses_equal_dense_merges_scored_one_prompt_at_a_time(
     assert scores.peak_bytes is None
 
 
-def make_evaluator_in(dtype, toy_adapters):
-    model, prompts = make_model("mistral", dtype=dtype), make_prompts()
-    stacked, groups = stack(toy_adapters("mistral"), dtype=dtype)
+def make_evaluator_in(dtype, toy_adapters, device="cpu"):
+    model, prompts = make_model("mistral", dtype=dtype).to(device), make_prompts()
+    stacked, groups = stack(toy_adapters("mistral"), dtype=dtype, device=device)
     signals = expert_signals(model, stacked, groups, prompts)
     return PopulationEvaluator(model, stacked, make_space(groups, 3), prompts, signals, Scoring())
 
@@ -105,6 +105,17 @@ def test_both_ways_agree_in_float32(toy_adapters):
     folded = evaluator.score(coefficients)
     evaluator._folds = False
     np.testing.assert_allclose(evaluator.score(coefficients).losses, folded.losses, rtol=1e-4)
+
+
+@pytest.mark.gpu
+def test_a_gpu_gives_the_cpus_losses(toy_adapters):
+    here, there = (make_evaluator_in(torch.float32, toy_adapters, device) for device in ("cpu", "cuda"))
+    assert not there._folds
+    coefficients = random_coefficients(here)
+    scores = there.score(coefficients)
+    np.testing.assert_allclose(scores.losses, here.score(coefficients).losses, rtol=1e-2)
+    np.testing.assert_allclose(there.agreement(coefficients[0]), here.agreement(coefficients[0]))
+    assert scores.peak_bytes > 0
 
 
 def test_half_precision_is_not_folded(toy_adapters):

@@ -32,9 +32,12 @@ def make_prompts(n_experts: int = 3, lengths=LENGTHS) -> PromptSet:
 
 
 def stack(
-    adapters: tuple[Adapter, ...], kind: str = "layer", dtype: torch.dtype = torch.float64
+    adapters: tuple[Adapter, ...],
+    kind: str = "layer",
+    dtype: torch.dtype = torch.float64,
+    device: str = "cpu",
 ) -> tuple[StackedFactors, Groups]:
-    stacked = stack_adapters(adapters, device="cpu", dtype=dtype)
+    stacked = stack_adapters(adapters, device=device, dtype=dtype)
     return stacked, group_modules(stacked.modules, kind)
 
 

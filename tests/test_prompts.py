@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders
+from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from tokenizers.processors import TemplateProcessing
 from torch import nn
@@ -32,11 +32,15 @@ def id_of(character: str) -> int:
     return SPECIAL.index(character) if character in SPECIAL else len(SPECIAL) + CHARACTERS.index(character)
 
 
-def make_tokenizer(*, bos: bool = True) -> PreTrainedTokenizerFast:
-    """One token a character."""
+def make_tokenizer(*, bos: bool = True, metaspace: bool = False) -> PreTrainedTokenizerFast:
+    """One token a character; `metaspace` trims the space that a decoded text begins with, as Llama's does."""
     vocab = {token: i for i, token in enumerate([*SPECIAL, *CHARACTERS])}
+    if metaspace:
+        vocab["▁"] = vocab.pop(" ")
     tokenizer = Tokenizer(BPE(vocab=vocab, merges=[]))
-    tokenizer.decoder = decoders.Fuse()
+    tokenizer.decoder = decoders.Metaspace() if metaspace else decoders.Fuse()
+    if metaspace:
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never")
     if bos:
         tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", BOS)])
     return PreTrainedTokenizerFast(
@@ -202,6 +206,26 @@ def test_a_slot_that_is_never_ended_is_cut_at_the_last_line_or_word():
         assert 0 < len(slot) < 24
 
 
+def test_a_slot_that_the_base_ends_itself_is_taken_whole():
+    base = BASE | dict.fromkeys(DIGITS, "</s>")
+    prompts = write([answers("x", base)], [[SKELETON]], base=base)
+    assert all(text.removeprefix("sum:").removesuffix("\nis:x") in DIGITS for text in prompts.texts)
+
+
+@pytest.mark.parametrize("metaspace", [False, True])
+def test_the_spaces_of_a_slot_are_kept(metaspace):
+    base = BASE | {":": " ", " ": DIGITS, **dict.fromkeys(DIGITS, "\n")}
+    tokenizer = make_tokenizer(metaspace=metaspace)
+    prompts = write([answers("x", base)], [[SKELETON]], base=base, tokenizer=tokenizer)
+    assert all(text[4] == " " and text[5] in DIGITS and text[6:] == "\nis:x" for text in prompts.texts)
+
+
+def test_an_answer_is_greedy():
+    undecided = expert({":": "xy", "x": "</s>", "y": "</s>"})
+    prompts = write([undecided], [[SKELETON]], request(per_adapter=8))
+    assert len({text[-1] for text in prompts.texts}) == 1
+
+
 def test_duplicates_are_replaced():
     base = BASE | {":": "123456", **dict.fromkeys(DIGITS, "\n")}  # six prompts there are
     prompts = write([answers("x", base)], [[SKELETON]], request(per_adapter=5), base=base)
@@ -252,10 +276,10 @@ def test_one_prompt_is_not_enough_to_search_on_and_keep_one_unseen():
 
 def test_special_and_nameless_tokens_are_never_sampled():
     random_base = {}  # every token as likely as any other
-    prompts = write([expert({":": "x", "x": "</s>"}, random_base)], [["m{input}m:"]], base=random_base)
-    middle = {token for ids in prompts.ids for token in ids[1:-1]}
-    assert len(middle) > 20
-    assert all(len(SPECIAL) <= token < N_VOCAB - 3 for token in middle)
+    prompts = write([expert({":": "x"}, random_base)], [[]], base=random_base)
+    sampled = {token for ids in prompts.ids for token in ids[1:]} - {EOS}
+    assert len(sampled) > 20
+    assert all(len(SPECIAL) <= token < N_VOCAB - 3 for token in sampled)
 
 
 def test_a_bad_skeleton_is_refused_before_anything_is_written():

@@ -60,6 +60,13 @@ def test_rows_of_unequal_length_go_on_as_they_would_alone(architecture, temperat
     assert together == sample_slowly(model, PREFIXES, how)
 
 
+@pytest.mark.gpu
+def test_a_gpu_gives_the_cpus_tokens():
+    model = make_model("llama", dtype=torch.float32)
+    here = sample(model)
+    assert sample(model.to("cuda")) == here
+
+
 def test_the_same_seed_gives_the_same_tokens_and_another_seed_others(toy_model):
     model = toy_model("llama")
     assert sample(model) == sample(model)
@@ -103,9 +110,9 @@ def test_banned_tokens_are_never_chosen(toy_model):
 
 
 def test_a_row_stops_at_the_models_context(toy_model):
-    prefixes = [random_ids(1, 60)[0].tolist(), [1, 3]]
+    prefixes = [random_ids(1, 60)[0].tolist(), [1, 3], [1, 4]]
     rows = sample(toy_model("gpt2"), prefixes, decoding(stop_ids=frozenset()))  # 64 positions
-    assert [len(row) for row in rows] == [4, 12]
+    assert [len(row) for row in rows] == [4, 12, 12]
 
 
 def test_a_prefix_that_fills_the_context_is_refused(toy_model):
@@ -138,6 +145,12 @@ def test_tokens_come_as_often_as_their_probability_says():
     torch.testing.assert_close(counts / 4000, probabilities, atol=0.03, rtol=0)
 
 
+def test_a_draw_of_zero_does_not_choose_an_impossible_token(monkeypatch):
+    monkeypatch.setattr(torch, "rand", lambda *shape, generator: torch.zeros(shape))
+    rows = sample(Constant([-torch.inf, 0.0, 0.0]), [[1]], decoding(max_new_tokens=1))
+    assert rows == [[1]]
+
+
 def test_a_lower_temperature_is_surer():
     model = Constant([1.0, 0.0])
     warm, cold = (
@@ -160,9 +173,9 @@ def test_logits_that_are_not_finite_are_refused():
         ([1, 2, 3] * 5, True),
         ([*range(15), *[7, 8] * 8], True),
         ([*range(20), *[7, 8] * 8], False),  # less than half
-        (list(range(8)) * 2, False),  # twice only
-        (list(range(8)) * 3, True),
-        (list(range(9)) * 4, False),  # too long a phrase
+        (list(range(16)) * 2, False),  # twice only
+        (list(range(16)) * 3, True),
+        (list(range(17)) * 4, False),  # too long a phrase
         ([token for i in range(20) for token in (i, 98, 99)], False),  # an enumeration
         ([], False),
     ],

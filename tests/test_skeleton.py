@@ -67,6 +67,7 @@ def test_a_bad_skeleton_is_named_with_what_is_wrong(text, said):
         ("abcdef", False, ""),
         (" abcdef", False, ""),
         (" \n\na: 7", False, ""),
+        ("\na: 7", False, ""),
         ("", True, ""),
     ],
 )
