@@ -112,9 +112,8 @@ class BatchOptimizer:
         values[~finite] = values[finite].max()
         candidates, self._asked = self._asked, []
         with warnings.catch_warnings():
-            warnings.filterwarnings(
-                "ignore", "orphanated injected solution"
-            )  # pycma, on nevergrad's rounding
+            # pycma does not recognise its own injected points after nevergrad's rounding, which does no harm
+            warnings.filterwarnings("ignore", "orphanated injected solution")
             for candidate, value in zip(candidates, values.tolist(), strict=True):
                 self._optimizer.tell(candidate, value)
 

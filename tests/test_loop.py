@@ -131,7 +131,9 @@ def test_the_first_generation_runs_whatever_the_limits(tmp_path):
     outcome = run(tmp_path, limit_s=0.5, max_evaluations=1)
     assert outcome.generations == 1
     assert len(outcome.archive_losses) == N_CANDIDATES
-    assert run(tmp_path, limit_s=0.5, max_evaluations=99).ended_by == "clock"
+    late = TimeBox(5, started_s=-10.0, clock=Clock())
+    outcome = run(tmp_path, timebox=late, max_evaluations=99)
+    assert (outcome.ended_by, outcome.generations) == ("clock", 1)
 
 
 def test_an_interrupt_drops_the_generation_under_way_and_keeps_the_rest(tmp_path):
@@ -177,6 +179,16 @@ def test_the_archive_is_the_best_distinct_genomes_best_first(tmp_path):
     np.testing.assert_array_equal(outcome.archive_genomes, [d, b, c])
     np.testing.assert_array_equal(outcome.archive_losses, [0, 1, 2])
     assert outcome.mean_genome.tolist() == [7, 7]
+
+
+def test_a_genome_scored_twice_keeps_its_lower_loss(tmp_path):
+    class Noisy(SumEvaluator):
+        def evaluate(self, genomes):
+            scores = super().evaluate(genomes)
+            return Scores(scores.losses + self.calls % 3, scores.per_expert, scores.n_tokens, None)
+
+    outcome = run(tmp_path, ListOptimizer([[0.0]]), Noisy(), max_evaluations=4)  # +1, +2, +0, +1
+    np.testing.assert_array_equal(outcome.archive_losses, [0])
 
 
 def test_of_equal_losses_the_first_comes_first(tmp_path):

@@ -194,12 +194,13 @@ def test_a_write_that_fails_or_is_interrupted_leaves_whole_lines(tmp_path, monke
     ):
         monkeypatch.setattr(os, "fsync", _raiser(failure))
         with pytest.raises(expected) as caught:
-            trace.event("lost")
+            trace.event("lost", words="more than what follows")
         assert expected is KeyboardInterrupt or "t: No space left on device. Free" in str(caught.value)
         monkeypatch.undo()
         trace.event("kept")
     trace.close()
     assert [event["event"] for event in Trace.load(tmp_path / "t").events] == ["kept", "kept"]
+    assert len((tmp_path / "t").read_text().splitlines()) == 3
 
 
 def _raiser(failure):
