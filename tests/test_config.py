@@ -259,3 +259,10 @@ def test_a_file_that_cannot_be_read_is_named(zoo):
 def test_the_names_of_objectives_are_those_that_exist():
     assert set(get_args(ObjectiveName)) == set(OBJECTIVES)
     assert set(get_args(CombinationName)) == set(COMBINATIONS)
+
+
+@pytest.mark.parametrize(
+    "path", sorted((Path(__file__).parents[1] / "configs").glob("*.yaml")), ids=lambda p: p.name
+)
+def test_the_configs_that_ship_load_from_any_folder(path):
+    assert len(load_config(path).adapters) >= 10

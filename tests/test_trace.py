@@ -5,6 +5,8 @@ import json
 import logging
 import math
 import os
+import re
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -237,3 +239,10 @@ def test_shapes_of_a_generation_must_agree():
         make_generation(losses=np.zeros(2))
     with pytest.raises(ValueError, match=r"per_expert \(3,\) are not"):
         make_generation(per_expert=np.zeros(3))
+
+
+def test_the_page_on_the_schema_names_every_field():
+    page = (Path(__file__).parents[1] / "docs" / "TRACE.md").read_text(encoding="utf-8")
+    assert f"schema {SCHEMA}\n" in page.splitlines(keepends=True)[0]
+    generation = page.partition("## Generation")[2].partition("## Event")[0]
+    assert set(re.findall(r"^\| `(\w+)` \|", generation, re.MULTILINE)) == {"kind", *Generation.__slots__}
