@@ -218,7 +218,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> SearchConfig:
     try:
         return SearchConfig.model_validate(settings, context={"roots": (Path(), folder, folder.parent)})
     except ValidationError as error:
-        raise InputError(_describe_mistake(error, str(path), overrides)) from None
+        raise InputError(_describe_mistake(error, str(path), overrides).replace("\n", "\\n")) from None
 
 
 def config_hash(config: SearchConfig) -> str:
@@ -233,7 +233,7 @@ def locate_source(source: str, roots: Sequence[Path] = (Path(),)) -> str:
     Raises:
         InputError: when it is neither; a name such as "data/zo" beside a folder "data" is a mistyped path.
     """
-    written = Path(source).expanduser()
+    written = Path(os.path.expanduser(source))
     for root in roots:
         if source.strip() and os.path.isdir(root / written):
             return str(root / written)

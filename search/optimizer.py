@@ -131,7 +131,8 @@ class BatchOptimizer:
 def _find_factory(name: str, n_params: int, n_candidates: int) -> Any:
     """Return what builds the optimiser; CMA and its family get a population of one generation.
 
-    With another population they fail at 300 parameters or more (nevergrad issue 1690).
+    With another population they fail at 300 parameters or more,
+    github.com/facebookresearch/nevergrad/issues/1690.
     """
     if n_candidates < MIN_POPULATION and "CMA" in name:
         raise InputError(

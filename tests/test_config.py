@@ -5,6 +5,9 @@ from pathlib import Path
 from typing import get_args
 
 import pytest
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from search.config import (
@@ -120,7 +123,18 @@ def test_paths_start_from_the_working_directory_then_the_file_then_its_parent(zo
 
 def test_a_source_is_a_folder_or_a_hub_id_and_a_mistyped_path_is_neither(zoo):
     assert locate_source("mistralai/Mistral-7B-v0.1") == "mistralai/Mistral-7B-v0.1"
-    for wrong in ("zoo/bas", "nowhere", "a/b/c", "./a", "", " ", "a/b c", "/no/such", "x" * 5000):
+    for wrong in (
+        "zoo/bas",
+        "nowhere",
+        "a/b/c",
+        "./a",
+        "~nobody-here/a",
+        "",
+        " ",
+        "a/b c",
+        "/no/such",
+        "x" * 5000,
+    ):
         with pytest.raises(InputError, match="no folder"):
             locate_source(wrong)
 
@@ -254,6 +268,45 @@ def test_a_file_that_cannot_be_read_is_named(zoo):
     Path("latin.yaml").write_bytes("base: é".encode("latin-1"))
     with pytest.raises(InputError, match=r"latin\.yaml: not UTF-8 at byte 6"):
         load_config(Path("latin.yaml"))
+
+
+SCALARS = st.one_of(
+    st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=4), st.just("zoo/base")
+)
+KEYS = st.sampled_from(
+    [
+        "base",
+        "adapters",
+        "search",
+        "prompts",
+        "objective",
+        "source",
+        "name",
+        "seed",
+        "n_candidates",
+        "skeletons",
+        "a\nb",
+        3,
+    ]
+)
+NESTED = st.recursive(
+    SCALARS,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.dictionaries(KEYS, NESTED, max_size=4), st.booleans())
+def test_any_yaml_is_a_config_or_one_line(document, with_valid_start):
+    if with_valid_start:
+        document = {"base": "zoo/base", "adapters": "zoo/adapters", **document}
+    message = ""
+    try:
+        load(yaml.safe_dump(document))
+    except InputError as error:
+        message = str(error)
+    assert "\n" not in message
 
 
 def test_the_names_of_objectives_are_those_that_exist():

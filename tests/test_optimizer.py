@@ -80,7 +80,7 @@ def test_replaying_recorded_losses_into_a_fresh_optimizer_repeats_the_asks(n_par
     for losses in recorded:
         np.testing.assert_array_equal(optimizer.ask(), replayed.ask())
         optimizer.tell(losses)
-        replayed.tell(losses.astype(object).astype(float))
+        replayed.tell(losses.tolist())
     np.testing.assert_array_equal(run(optimizer, 3), run(replayed, 3))
 
 
