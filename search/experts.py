@@ -20,8 +20,6 @@ from search.prompts import PromptSet
 from search.space import Groups
 from search.stack import StackedFactors, at_least_float32
 
-_log = logging.getLogger(__name__)
-
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ExpertSignals:
@@ -66,7 +64,9 @@ class TokenBudget:
         torch.cuda.empty_cache()
         self.tokens_per_forward = min(n_tokens, self.tokens_per_forward) // 2
         self.oom_events.append({"tokens": n_tokens, "tokens_per_forward": self.tokens_per_forward})
-        _log.warning("out of memory at %d tokens; going on with %d", n_tokens, self.tokens_per_forward)
+        logging.getLogger(__name__).warning(
+            "out of memory at %d tokens; going on with %d", n_tokens, self.tokens_per_forward
+        )
 
 
 def _fits_in_memory(step: Callable[[list[int]], None], rows: list[int]) -> bool:

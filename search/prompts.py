@@ -27,8 +27,6 @@ from search.stack import StackedFactors
 _ROUNDS = 6
 _FREE_TEXT = Skeleton(literals=("",), slots=())
 
-_log = logging.getLogger(__name__)
-
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PromptSet:
@@ -190,7 +188,9 @@ class _Desk:
                 f"{found}, expected {self.n_wanted}. Give the adapter (other) `skeletons:` in the config, "
                 "raise prompts.temperature, or leave the adapter out."
             )
-        _log.warning("%s, %d were asked for; going on with these", found, self.n_wanted)
+        logging.getLogger(__name__).warning(
+            "%s, %d were asked for; going on with these", found, self.n_wanted
+        )
 
 
 def _collect(drafts: Sequence[Draft], positions: str, n_experts: int) -> PromptSet:

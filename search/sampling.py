@@ -15,8 +15,8 @@ from transformers import DynamicCache
 
 from search.errors import InputError
 
-MAX_CACHED_TOKENS = 65_536
-"""Rows x tokens decoded together: 8 GiB of cache for a 7B model with 8 key-value heads."""
+MAX_CACHED_TOKENS = 32_768
+"""Rows x tokens decoded together: 4 GiB of cache for a 7B model with 8 key-value heads."""
 _MAX_PERIOD = 16
 _MIN_STRETCH = 12
 
