@@ -1,0 +1,1 @@
+"""The embedded zoo: task generators, a base trained from scratch, LoRA experts, queries and a model card."""

@@ -1,0 +1,40 @@
+"""Rebuild the embedded zoo: `python -m benchmarks.zoo [--tiny] [--out DIR]`.
+
+Minutes on one CUDA GPU, seconds on a CPU with --tiny; an interrupted build goes on where it was.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from benchmarks.zoo.build import Build, build_base, build_experts, build_scores
+from benchmarks.zoo.sizes import SHIPPED, TINY
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run every stage that has not run yet."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.zoo", description=__doc__)
+    parser.add_argument(
+        "--out", type=Path, default=Path("data/zoo"), help="gets base/, adapters/, scores.json, README.md"
+    )
+    parser.add_argument("--work", type=Path, default=Path("build/zoo"), help="gets what is not shipped")
+    parser.add_argument("--tiny", action="store_true", help="a toy of the same shape, for tests")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--workers", type=int, default=1, help="experts trained at a time")
+    args = parser.parse_args(argv)
+    build = Build(
+        out=args.out,
+        work=args.work,
+        size=TINY if args.tiny else SHIPPED,
+        seed=args.seed,
+        device="cuda" if torch.cuda.is_available() else "cpu",
+        n_workers=args.workers,
+    )
+    build_base(build)
+    build_experts(build)
+    build_scores(build)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,101 @@
+"""How big the zoo is: the shipped build and a tiny one for tests.
+
+Numbers only; knows nothing of how they are used.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertSpec:
+    """How one expert is trained."""
+
+    task: str
+    rank: int
+    modules: str
+    """"all": every linear module of the decoder layers; "qv": q_proj and v_proj only."""
+    loss_on: str
+    """"sequence": every token of the text; "answer": the answer's tokens alone."""
+    rslora: bool = False
+
+    @property
+    def learning_rate(self) -> float:
+        """Peak learning rate; q_proj and v_proj alone need a higher one."""
+        return 1e-3 if self.modules == "all" else 3e-3
+
+
+@dataclass(frozen=True, slots=True)
+class ZooSize:
+    """Every number that a build needs; token counts are per batch row."""
+
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    intermediate: int
+    vocabulary: int
+    n_documents: int
+    pretrain_steps: int
+    pretrain_rows: int
+    row_tokens: int
+    expert_steps: int
+    expert_rows: int
+    joint_steps: int
+    joint_rows: int
+    n_measured: int
+    """Validation examples per task that the card's scores are measured on."""
+    context: int = 4096
+    held_in_queries: int = 55
+    held_out_queries: int = 46
+
+
+EXPERTS = (
+    ExpertSpec("maths", 8, "all", "answer"),
+    ExpertSpec("code", 8, "qv", "sequence"),
+    ExpertSpec("reasoning", 16, "all", "answer"),
+    ExpertSpec("chat", 4, "all", "sequence"),
+    ExpertSpec("tool", 16, "qv", "answer"),
+    ExpertSpec("sentiment", 8, "qv", "answer"),
+    ExpertSpec("topic", 4, "qv", "sequence"),
+    ExpertSpec("entities", 16, "all", "sequence", rslora=True),
+    ExpertSpec("data_to_text", 8, "all", "sequence"),
+    ExpertSpec("sql", 8, "all", "answer"),
+)
+
+SHIPPED = ZooSize(
+    hidden=256,
+    layers=6,
+    heads=8,
+    kv_heads=2,
+    intermediate=704,
+    vocabulary=1280,
+    n_documents=2_400_000,
+    pretrain_steps=6000,
+    pretrain_rows=512,
+    row_tokens=128,
+    expert_steps=700,
+    expert_rows=32,
+    joint_steps=2500,
+    joint_rows=64,
+    n_measured=200,
+)
+
+TINY = ZooSize(
+    hidden=32,
+    layers=2,
+    heads=4,
+    kv_heads=2,
+    intermediate=64,
+    vocabulary=512,
+    n_documents=2_000,
+    pretrain_steps=20,
+    pretrain_rows=16,
+    row_tokens=64,
+    expert_steps=5,
+    expert_rows=8,
+    joint_steps=5,
+    joint_rows=8,
+    n_measured=4,
+    held_in_queries=3,
+    held_out_queries=2,
+)
