@@ -4,8 +4,9 @@ Knows models and examples, not how either was made.
 """
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from peft import PeftModel
@@ -16,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from benchmarks.zoo.compositions import HELD_OUT
 from benchmarks.zoo.tasks import HELD_IN, Example, draw_distinct
 
+Key = TypeVar("Key", bound=Hashable)
 BATCH_ROWS = 1024
 MAX_NEW_TOKENS = 64
 
@@ -93,17 +95,15 @@ def _choice_log_probability(
 def accuracies(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerFast,
-    examples: dict[str, list[Example]],
-) -> dict[str, float]:
-    """Return the share of right answers of each task."""
+    examples: Mapping[Key, list[Example]],
+) -> dict[Key, float]:
+    """Return the share of right answers of each group of examples of one task."""
     free = [e for group in examples.values() for e in group if not e.choices]
     given = dict(zip(map(id, free), generate_answers(model, tokenizer, free), strict=True))
     for group in examples.values():
         if group[0].choices:
             given |= dict(zip(map(id, group), choose_answers(model, tokenizer, group), strict=True))
-    return {
-        task: sum(given[id(e)] == e.answer for e in group) / len(group) for task, group in examples.items()
-    }
+    return {key: sum(given[id(e)] == e.answer for e in group) / len(group) for key, group in examples.items()}
 
 
 def load(base: Path, device: str) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
