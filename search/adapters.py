@@ -148,8 +148,9 @@ def _read_config(path: Path, where: str) -> dict[str, Any]:
         raise InputError(f"{where}: no {CONFIG_FILE} in it; expected a folder saved by PEFT. Check `source`.")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{where}: {CONFIG_FILE} is not valid JSON ({error}). Re-download it.") from error
+    except (OSError, ValueError, RecursionError) as error:
+        found = f"{CONFIG_FILE} is unreadable or not valid JSON ({error})"
+        raise InputError(f"{where}: {found}. Re-download it.") from error
     if not isinstance(config, dict):
         raise InputError(f"{where}: {CONFIG_FILE} holds no JSON object. Re-download it.")
     return config
