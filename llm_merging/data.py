@@ -103,7 +103,9 @@ def _read_rows(path: Path) -> list[dict[str, str]]:
         rows = list(reader)
         header = list(reader.fieldnames or ())
     except csv.Error as error:
-        raise InputError(f"{path}: broken CSV near line {reader.line_num}: {error}.") from error
+        raise InputError(
+            f"{path}: broken CSV near line {reader.line_num + 1}: {error}. Check the quotes there."
+        ) from error
     _check_header(path, header)
     if not rows:
         raise InputError(f"{path}: there is a header but no row. Give it at least one query.")
