@@ -10,12 +10,15 @@ import logging
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
 STARTED_S = time.monotonic()
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from transformers.utils import logging as transformers_logging
 
 from llm_merging.data import Query, read_queries
 from llm_merging.evaluation import (
@@ -36,7 +39,7 @@ Datasets = dict[Path, list[Query]]
 def main(argv: Sequence[str] | None = None) -> int:
     """Run, and turn bad input and Ctrl-C into one line and an exit code."""
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(message)s")
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    quiet_libraries()
     try:
         return run(parse_arguments(argv))
     except InputError as error:
@@ -45,6 +48,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+
+
+def quiet_libraries() -> None:
+    """Keep stderr for what a user can act on."""
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(torch|transformers)\.")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -56,6 +67,7 @@ def run(arguments: argparse.Namespace) -> int:
     method.output = arguments.output_folder / arguments.method
     method.skip_first_choice_token = arguments.choice_scoring == "kit"
     check_context(method, datasets)
+    method.check_adapters()
     method.measure_reserve_s = lambda: measure_reserve(method, datasets)
 
     method.merge()
@@ -153,9 +165,9 @@ def check_output(folder: Path, method: str, dataset_paths: Sequence[Path]) -> No
 
 
 def check_context(method: Merges, datasets: Datasets) -> None:
-    """Refuse queries longer than the base can read, with its tokenizer alone (InputError)."""
-    method._load_tokenizer()
+    """Refuse queries longer than the base can read, with its config and tokenizer alone (InputError)."""
     context = method.context()
+    method._load_tokenizer()
     for path, queries in datasets.items():
         sized = size_queries(queries, method.input_tokenizer, method.target_tokenizer, method.max_gen_len)
         try:

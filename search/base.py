@@ -55,11 +55,7 @@ def load_base(
     chosen_dtype = choose_dtype(dtype, chosen_device)
     tokenizer = load_tokenizer(source, revision=revision)
     folder = _fetch_folder(source, revision, _TEXT_FILES + _WEIGHT_FILES)
-    if not any(folder.glob("*.safetensors")):
-        raise InputError(
-            f"base {source!r}: no *.safetensors in {folder}. Save the model with save_pretrained "
-            "(pickled weights are not read)."
-        )
+    _check_weights_exist(source, folder)
     model = _load_model(source, folder, chosen_dtype).to(chosen_device).eval().requires_grad_(False)
     return LoadedBase(model, tokenizer, source, _commit_of(folder), hash_weights(folder))
 
@@ -80,7 +76,10 @@ def load_tokenizer(source: str, *, revision: str | None = None) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"base {source!r}: its tokenizer cannot be read: {_first_line(error)}") from error
+        raise InputError(
+            f"base {source!r}: its tokenizer cannot be read: {_first_line(error)}. "
+            "Save it again with tokenizer.save_pretrained."
+        ) from error
     if tokenizer.eos_token_id is None:
         raise InputError(
             f"base {source!r}: its tokenizer has no EOS token. Set eos_token in tokenizer_config.json."
@@ -96,12 +95,29 @@ def read_context(source: str, *, revision: str | None = None) -> int | None:
     Raises:
         InputError: if there is no readable config.json.
     """
+    config = _read_model_config(source, _fetch_folder(source, revision, _TEXT_FILES))
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
+def load_shapes(source: str, *, revision: str | None = None) -> nn.Module:
+    """Build the base without weights, on torch's meta device: to see its modules before any weight is read.
+
+    Raises:
+        InputError: if there is no readable config.json of a causal language model, or a folder lacks weights.
+    """
     folder = _fetch_folder(source, revision, _TEXT_FILES)
+    config = _read_model_config(source, folder)
+    if Path(source).is_dir():  # the hub's weights are not fetched yet
+        _check_weights_exist(source, folder)
     try:
-        config = AutoConfig.from_pretrained(folder).get_text_config()
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"base {source!r}: its config.json cannot be read: {_first_line(error)}") from error
-    return getattr(config, "max_position_embeddings", None)
+        with torch.device("meta"):
+            model: nn.Module = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"base {source!r}: its config.json describes no causal language model: {_first_line(error)}. "
+            "Choose another base."
+        ) from error
+    return model
 
 
 def choose_device(device: str) -> torch.device:
@@ -157,9 +173,29 @@ def _fetch_folder(source: str, revision: str | None, patterns: list[str]) -> Pat
         )
     except (OSError, HFValidationError) as error:  # hub and connection errors are OSErrors
         raise InputError(
-            f"base {source!r}: no such folder, and the hub does not give it: {_first_line(error)} "
+            f"base {source!r}: no such folder, and the hub does not give it: {_first_line(error)}. "
             "Check the name, the revision and the connection; set HF_TOKEN for a gated model."
         ) from error
+
+
+def _read_model_config(source: str, folder: Path) -> Any:
+    if not (folder / "config.json").is_file():
+        raise InputError(f"base {source!r}: no config.json in {folder}. Save the model with save_pretrained.")
+    try:
+        return AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise InputError(
+            f"base {source!r}: its config.json cannot be read: {_first_line(error)}. "
+            "Download it again or save it anew."
+        ) from error
+
+
+def _check_weights_exist(source: str, folder: Path) -> None:
+    if not any(folder.glob("*.safetensors")):
+        raise InputError(
+            f"base {source!r}: no *.safetensors in {folder}. Save the model with save_pretrained "
+            "(pickled weights are not read)."
+        )
 
 
 def _load_model(source: str, folder: Path, dtype: torch.dtype) -> nn.Module:
@@ -169,7 +205,7 @@ def _load_model(source: str, folder: Path, dtype: torch.dtype) -> nn.Module:
         )
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
         raise InputError(
-            f"base {source!r}: the model cannot be loaded: {_first_line(error)} "
+            f"base {source!r}: the model cannot be loaded: {_first_line(error)}. "
             "Download it again or save it anew."
         ) from error
     model, report = loaded
@@ -188,4 +224,4 @@ def _commit_of(folder: Path) -> str | None:
 
 
 def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(" .")

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from llm_merging.evaluation import Batch
 from llm_merging.model import decoder_functions
-from search.adapters import Adapter, load_adapter
-from search.base import LoadedBase, choose_device, load_base, load_tokenizer, read_context
+from search.adapters import Adapter, check_adapter, load_adapter
+from search.base import LoadedBase, choose_device, load_base, load_shapes, load_tokenizer, read_context
 from search.config import SearchConfig, load_config
 from search.errors import InputError
 from search.files import atomic_write
@@ -88,6 +88,12 @@ class Merges:
     def context(self) -> int | None:
         """Return how many tokens a query and its answer may have, None if the base does not say."""
         return self.max_seq_len or read_context(self.base_model_name, revision=self.base_model_revision_id)
+
+    def check_adapters(self) -> None:
+        """Refuse adapters that are damaged or do not fit, before the base's weights are read (InputError)."""
+        shapes = load_shapes(self.base_model_name, revision=self.base_model_revision_id)
+        for adapter in self._load_adapters():
+            check_adapter(adapter, shapes, self.config.base.name)
 
     def predict_multiple_choice(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return the best choice's index for each query (n_queries,), and all scores."""
