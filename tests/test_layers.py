@@ -10,25 +10,29 @@ import pytest
 ROOT = Path(__file__).parents[1]
 LAYERS = (
     {"errors"},
-    {"files", "objective", "sampling", "skeleton", "space", "timebox", "trace", "yaml_input"},
+    {"files", "objective", "provenance", "sampling", "skeleton", "space", "timebox", "trace", "yaml_input"},
     {"adapters", "base", "config", "loop", "optimizer"},
-    {"stack"},
-    {"merge", "population"},
-    {"drafts"},
+    {"finalists", "progress", "stack"},
+    {"merge", "parts", "population", "summary"},
+    {"delivery", "drafts"},
     {"prompts"},
     {"experts"},
     {"evaluate"},
+    {"steering"},
+    {"ending"},
     {"run"},
     {"__init__", "__main__"},
 )
 """A file of search/ imports only from layers above its own here."""
 TORCH_FREE = {
-    *("config", "errors", "files", "loop", "optimizer", "skeleton", "space", "timebox", "trace", "yaml_input")
+    *("config", "errors", "files", "finalists", "loop", "optimizer", "progress", "provenance", "skeleton"),
+    *("space", "summary", "timebox", "trace", "yaml_input"),
 }
 ONLY_IN = {
     "nevergrad": {"optimizer"},
     "cma": {"optimizer"},
     "ray": set(),
+    "tqdm": {"progress"},
     "pandas": set(),
     "matplotlib": set(),
 }

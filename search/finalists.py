@@ -1,0 +1,139 @@
+"""Who is compared at the end, and who wins: the search's best against the merges that need no search.
+
+Knows coefficients, losses and agreement; not prompts, models or time. No torch.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from search.space import FloatArray, Space
+
+Verdict = Literal["winner", "beaten", "not finite", "outside bounds", "collapsed"]
+BASE, UNIFORM, SINGLE = "base", "uniform", "expert "
+"""Names of references, the last one before an adapter's name."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Finalist:
+    """A merge that may become the result."""
+
+    name: str
+    """"archive 1" (the search's best), "mean", "base", "uniform" or "expert NAME"."""
+    coefficients: FloatArray
+    """(n_groups, n_adapters)."""
+    is_reference: bool
+    """Needs no search: base, uniform merge or a single expert."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Judgement:
+    """The finalists, compared."""
+
+    finalists: tuple[Finalist, ...]
+    losses: FloatArray
+    """(n_finalists,)."""
+    per_expert: FloatArray
+    """(n_finalists, n_experts)."""
+    agreements: dict[int, FloatArray]
+    """Finalist's index -> (n_experts,) share of prompts with the expert's top answer, where it was asked."""
+    verdicts: tuple[Verdict, ...]
+
+    @property
+    def place(self) -> int:
+        """Index of the winner."""
+        return self.verdicts.index("winner")
+
+    @property
+    def winner(self) -> Finalist:
+        """Who won."""
+        return self.finalists[self.place]
+
+    @property
+    def rivals(self) -> dict[str, float]:
+        """Losses of base, uniform merge and, where they were compared, the best single expert."""
+        loss_of = {f.name: loss for f, loss in zip(self.finalists, self.losses.tolist(), strict=True)}
+        singles = [name for name in loss_of if name.startswith(SINGLE)]
+        best = sorted(singles, key=loss_of.__getitem__)[:1]
+        return {name: loss_of[name] for name in (BASE, UNIFORM, *best)}
+
+
+def make_references(n_groups: int, adapter_names: Sequence[str]) -> tuple[Finalist, ...]:
+    """Return base, uniform merge and every single expert, in this order."""
+    n_adapters = len(adapter_names)
+    shape = (n_groups, n_adapters)
+    singles = [
+        Finalist(SINGLE + name, np.broadcast_to(row, shape).copy(), True)
+        for name, row in zip(adapter_names, np.eye(n_adapters), strict=True)
+    ]
+    base = Finalist(BASE, np.zeros(shape), True)
+    return base, Finalist(UNIFORM, np.full(shape, 1 / n_adapters), True), *singles
+
+
+def make_candidates(space: Space, archive_genomes: FloatArray, mean_genome: FloatArray) -> list[Finalist]:
+    """Return what the search offers: its archive (k, n_params), best first, and its mean (n_params,)."""
+    table = space.to_coefficients(np.vstack([archive_genomes, mean_genome]))
+    names = [f"archive {place + 1}" for place in range(len(archive_genomes))]
+    return [Finalist(name, row, False) for name, row in zip([*names, "mean"], table, strict=True)]
+
+
+def stack_coefficients(finalists: Sequence[Finalist]) -> FloatArray:
+    """Return all their coefficients, (n_finalists, n_groups, n_adapters)."""
+    return np.stack([finalist.coefficients for finalist in finalists])
+
+
+def judge_finalists(
+    finalists: Sequence[Finalist],
+    losses: FloatArray,
+    per_expert: FloatArray,
+    space: Space,
+    agreement_of: Callable[[FloatArray], FloatArray] | None = None,
+) -> Judgement:
+    """Let the lowest loss win, of those that may.
+
+    Set aside are losses that are not finite, merges outside the space's bounds (a reference may be) and what
+    has collapsed: a merge from the search that gives the experts' top answers less often than the uniform
+    merge, which must be among the finalists. Equal losses keep their order.
+
+    Args:
+        finalists: references before what they should win against on equal losses.
+        losses: (n_finalists,).
+        per_expert: (n_finalists, n_experts).
+        space: whose bounds the winner keeps to.
+        agreement_of: coefficients (n_groups, n_adapters) -> shares (n_experts,), asked only about the uniform
+            merge and those that would win; without it nothing counts as collapsed.
+
+    Raises:
+        ValueError: if nobody may win.
+    """
+    verdicts: list[Verdict] = ["beaten"] * len(finalists)
+    agreements: dict[int, FloatArray] = {}
+
+    def may_win(index: int) -> bool:
+        if agreement_of is None:
+            return True
+        for asked in {uniform, index} - agreements.keys():
+            agreements[asked] = agreement_of(finalists[asked].coefficients)
+        return finalists[index].is_reference or agreements[index].mean() >= agreements[uniform].mean()
+
+    uniform = next(index for index, finalist in enumerate(finalists) if finalist.name == UNIFORM)
+    for index in np.argsort(losses, kind="stable").tolist():
+        if flaw := _find_flaw(float(losses[index]), finalists[index], space):
+            verdicts[index] = flaw
+        elif "winner" not in verdicts:
+            verdicts[index] = "winner" if may_win(index) else "collapsed"
+    if "winner" not in verdicts:
+        found = ", ".join(f"{f.name}: {verdict}" for f, verdict in zip(finalists, verdicts, strict=True))
+        raise ValueError(f"no finalist can win ({found}). Use a wider base.dtype, or other prompts.")
+    return Judgement(tuple(finalists), losses, per_expert, agreements, tuple(verdicts))
+
+
+def _find_flaw(loss: float, finalist: Finalist, space: Space) -> Verdict | None:
+    """Return what keeps a finalist from winning, whatever its place; None for nothing."""
+    if not math.isfinite(loss):
+        return "not finite"
+    is_within = (finalist.coefficients >= space.low) & (finalist.coefficients <= space.high)
+    return None if is_within.all() else "outside bounds"

@@ -1,0 +1,82 @@
+"""What a run is made of: one base, the adapters that fit it, stacked and grouped.
+
+Knows weights and where they are from; not prompts, losses or the search.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from search.adapters import Adapter, check_adapter
+from search.base import LoadedBase
+from search.space import Groups, group_modules
+from search.stack import StackedFactors, stack_adapters
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Parts:
+    """Base and adapters, ready to be mixed."""
+
+    base: LoadedBase
+    adapters: tuple[Adapter, ...]
+    stacked: StackedFactors
+    """On the base's device, in its type."""
+    groups: Groups
+
+    @property
+    def model(self) -> Any:
+        """The base model; Any, since transformers' attributes are not nn.Module's."""
+        return self.base.model
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """(n_adapters,) the adapters' names."""
+        return self.stacked.names
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(n_groups, n_adapters), the shape of one merge's coefficients."""
+        return len(self.groups.names), len(self.adapters)
+
+
+def assemble_parts(
+    base: LoadedBase, adapters: Sequence[Adapter], *, base_name: str, kind: Literal["model", "layer"]
+) -> Parts:
+    """Check that the adapters fit the base, group their modules and stack them.
+
+    Args:
+        base_name: what the adapters may call the base.
+        kind: of grouping, as `group_modules` has it.
+
+    Raises:
+        InputError: for an adapter of another base.
+    """
+    model: Any = base.model
+    for adapter in adapters:
+        check_adapter(adapter, model, base_name)
+    groups = group_modules({module for adapter in adapters for module in adapter.modules}, kind)
+    stacked = stack_adapters(adapters, device=model.device, dtype=model.dtype)
+    return Parts(base, tuple(adapters), stacked, groups)
+
+
+def identify_base(base: LoadedBase) -> dict[str, str | None]:
+    """Say which base weights these are, as trace and coefficients.json record it."""
+    return {"id": base.source, "revision": base.revision, "sha256": base.sha256}
+
+
+def identify_parts(parts: Parts) -> dict[str, Any]:
+    """Say which weights these are, how coefficients are laid out, and what computes with them."""
+    device = parts.model.device
+    return {
+        "base": identify_base(parts.base),
+        "adapters": [
+            {"name": a.name, "id": a.source, "revision": a.revision, "sha256": a.sha256}
+            for a in parts.adapters
+        ],
+        "groups": parts.groups.names,
+        "device": device.type,
+        "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+        "dtype": str(parts.model.dtype).removeprefix("torch."),
+    }
