@@ -59,16 +59,10 @@ _REFUSED_TENSORS = {
 }
 _HUB_ERRORS: tuple[type[Exception], ...] = (*HfHubHTTPError.__bases__, EntryNotFoundError, ValueError)
 _HUB_FAILURES: tuple[tuple[type[Exception], str], ...] = (
-    (
-        GatedRepoError,
-        "guarded by the hub: accept its terms on its page, then `hf auth login` or set HF_TOKEN",
-    ),
+    (GatedRepoError, "guarded: accept its terms on its page, then `hf auth login` or set HF_TOKEN"),
     (RepositoryNotFoundError, "no local folder, and not on the hub. Check its name, or `hf auth login`"),
     (RevisionNotFoundError, "the hub has no such revision. Give a branch, tag or commit that its page lists"),
-    (
-        EntryNotFoundError,
-        "no local folder, not cached, and the hub is out of reach. Connect, or give a folder",
-    ),
+    (EntryNotFoundError, "no local folder, not cached, and the hub is out of reach. Connect, or give one"),
 )
 
 
