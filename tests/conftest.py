@@ -13,7 +13,10 @@ import torch
 from hypothesis import settings
 from torch import nn
 
+from benchmarks.zoo.build import build_zoo
+from benchmarks.zoo.layout import Build
 from search.adapters import Adapter, load_adapter
+from tests.tiny_zoo import tiny_build
 from tests.toys import ARCHITECTURES, make_model, mixed_recipes, save_adapter
 
 torch.set_num_threads(1)
@@ -48,6 +51,15 @@ def toy_adapters(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tu
         return tuple(load_adapter(str(path)) for path in _save_all(architecture, folder))
 
     return load
+
+
+@pytest.fixture(scope="session")
+def tiny_zoo(tmp_path_factory: pytest.TempPathFactory) -> Build:
+    """Build the zoo in its tiny size, in about 8 s; the session shares it, so leave it as it was."""
+    build = tiny_build(tmp_path_factory.mktemp("tiny"))
+    with torch.random.fork_rng():
+        build_zoo(build)
+    return build
 
 
 def _save_all(architecture: str, folder: Path) -> list[Path]:

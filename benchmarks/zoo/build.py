@@ -7,6 +7,7 @@ it was; queries, scores.json and card cost nothing to write again and always are
 import multiprocessing
 import os
 from concurrent.futures import ProcessPoolExecutor
+from typing import Any
 
 import torch
 from transformers.utils import logging as transformers_logging
@@ -17,12 +18,12 @@ from benchmarks.zoo.experts import save_adapter, train_lora
 from benchmarks.zoo.layout import Build
 from benchmarks.zoo.pretrain import new_base, pretrain
 from benchmarks.zoo.queries import write_queries
-from benchmarks.zoo.record import recorded
-from benchmarks.zoo.scores import measured_adapter, write_scores
+from benchmarks.zoo.record import read_record, recorded
+from benchmarks.zoo.scores import collect_scores, measured_adapter
 from benchmarks.zoo.sizes import EXPERTS, JOINT, ExpertSpec
 from benchmarks.zoo.tasks import HELD_IN
 from benchmarks.zoo.tokenizer import save_tokenizer, train_tokenizer
-from search.files import atomic_write
+from search.files import atomic_write, write_json
 
 BASE_NAME = "data/zoo/base"
 
@@ -34,7 +35,7 @@ def quiet() -> None:
 
 def build_base(build: Build) -> None:
     """Train and save tokenizer and base; bf16 safetensors."""
-    if build.base.exists():
+    if (build.base / "model.safetensors").exists():
         return
     torch.manual_seed(build.seed)
     size = build.size
@@ -54,7 +55,7 @@ def build_expert(build: Build, spec: ExpertSpec) -> None:
     joint = spec == JOINT
     folder = build.adapter(spec)
     size = build.size
-    if not folder.exists():
+    if not (folder / "adapter_model.safetensors").exists():
         model = train_lora(
             build.base,
             spec,
@@ -82,11 +83,20 @@ def build_experts(build: Build) -> None:
             future.result()
 
 
+def build_record(build: Build) -> dict[str, Any]:
+    """Return seed, versions, and seconds by stage and machine."""
+    return {"seed": build.seed, **read_record(build.record)}
+
+
 def build_zoo(build: Build) -> None:
     """Run every stage that has not run yet."""
     quiet()
     write_queries(build.queries, build.size, build.seed)
-    for stage, run in (("base", build_base), ("experts", build_experts), ("scores", write_scores)):
-        with recorded(build.record, stage, build.device):
-            run(build)
+    with recorded(build.record, "base", build.device):
+        build_base(build)
+    with recorded(build.record, "experts", build.device):
+        build_experts(build)
+    with recorded(build.record, "scores", build.device):
+        scores = collect_scores(build)
+    write_json(build.out / "scores.json", {**scores, "build": build_record(build)})
     write_card(build.out, build.size)

@@ -26,8 +26,8 @@ tags: [lora, model-merging]
 
 A small Mistral-architecture base and ten LoRA experts of it: real weights, trained from scratch by
 `benchmarks/zoo`, to merge without a GPU or a download. Each expert knows one skill and says it in its own
-form; the base knows the skills, but answers in other forms. Tasks are procedural and in English, and the models
-are of no use beyond them. This page is written by `python -m benchmarks.zoo.card`.
+form; the base knows the skills, but answers in other forms. Tasks are procedural and in English, and the
+models are of no use beyond them. This page is written by `python -m benchmarks.zoo.card`.
 
 Licence: Apache-2.0, weights, queries and text alike. No outside data or weights went into it."""
 
@@ -48,9 +48,9 @@ RECIPE = """## Recipe
 REBUILD = """## Rebuild
 
 `python -m benchmarks.zoo --seed {seed} --out NEW/zoo --work NEW/work --queries NEW` builds it anew in the
-folder NEW, in minutes on one CUDA GPU, and goes on where it was when interrupted; `--tiny` builds a toy of the same
-shape in seconds on a CPU. Weights may differ between devices and versions; the queries are the same bytes.
-This build: {versions}.
+folder NEW, in minutes on one CUDA GPU, and goes on where it was when interrupted; `--tiny` builds a toy of
+the same shape in seconds on a CPU. Weights may differ between devices and versions; the queries are the same
+bytes. This build: {versions}.
 
 {table}"""
 

@@ -22,7 +22,7 @@ SHIPPED_HELD_OUT: tuple[str, ...] = (
     "sql_maths",
     "topic_sentiment",
 )
-"""Compositions that no expert solves alone and the joint LoRA does, chosen by hand; check.py has the limits."""
+"""Compositions that no expert solves alone but the joint LoRA does, chosen by hand; limits: check.py."""
 QUERY_COLUMNS = ("id", "input", "eval_type", "answer_choices")
 TARGET_COLUMNS = ("id", "task", "target", "held_out")
 

@@ -14,7 +14,6 @@ from transformers import PreTrainedModel
 from benchmarks.zoo import measure
 from benchmarks.zoo.layout import Build
 from benchmarks.zoo.queries import SHIPPED_HELD_OUT, query_examples
-from benchmarks.zoo.record import read_record
 from benchmarks.zoo.sizes import EXPERTS, JOINT, ExpertSpec, ZooSize
 from benchmarks.zoo.tasks import HELD_IN, Example
 from search.files import write_json
@@ -77,7 +76,7 @@ def own_accuracies(matrix: dict[str, Accuracies]) -> Accuracies:
 
 
 def collect_scores(build: Build) -> dict[str, Any]:
-    """Measure what is not measured yet; return the content of scores.json.
+    """Measure what is not measured yet; return the content of scores.json but for the build record.
 
     "test" and "validation" hold, each by task: base, matrix (one row an expert), uniform, scaled (all
     adapters at picked_scale) and joint. "base" and "experts" repeat, for the scorer, the test accuracies of
@@ -111,13 +110,7 @@ def collect_scores(build: Build) -> dict[str, Any]:
         "picked_scale": float(picked),
         "test": {"n_examples": _counts(build, "test"), **splits["test"]},
         "validation": {"n_examples": _counts(build, "validation"), **splits["validation"], "scales": scales},
-        "build": {"seed": build.seed, **read_record(build.record)},
     }
-
-
-def write_scores(build: Build) -> None:
-    """Write scores.json."""
-    write_json(build.out / "scores.json", collect_scores(build))
 
 
 def _merges(build: Build) -> Callable[[float], PreTrainedModel]:
