@@ -1,0 +1,51 @@
+"""Assembling base and adapters."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from search.base import LoadedBase
+from search.errors import InputError
+from search.parts import assemble_parts, identify_parts
+from tests.toys import BASE_NAME, make_model
+
+
+@pytest.fixture
+def base(toy_model):
+    return LoadedBase(toy_model("llama"), None, BASE_NAME, "c0ffee", "ab" * 32)
+
+
+def test_adapters_are_stacked_in_the_models_type_and_grouped(base, toy_adapters):
+    parts = assemble_parts(base, toy_adapters("llama"), base_name=BASE_NAME, kind="layer")
+    assert parts.names == ("expert-0", "expert-1", "expert-2")
+    assert parts.shape == (2, 3)
+    assert parts.stacked.modules.keys() == parts.groups.group_of.keys()
+    assert {module.A.dtype for module in parts.stacked.modules.values()} == {torch.float64}
+    narrow = LoadedBase(make_model("llama", dtype=torch.bfloat16), None, BASE_NAME, None, None)
+    parts = assemble_parts(narrow, toy_adapters("llama"), base_name=BASE_NAME, kind="model")
+    assert parts.shape == (1, 3)
+    assert {module.B.dtype for module in parts.stacked.modules.values()} == {torch.bfloat16}
+
+
+def test_an_adapter_of_another_base_is_refused(base, toy_adapters):
+    adapters = toy_adapters("llama")
+    stranger = replace(adapters[1], base_name="other/model")
+    with pytest.raises(InputError, match=r"adapter 'expert-1'.*made for base 'other/model'"):
+        assemble_parts(base, [adapters[0], stranger], base_name=BASE_NAME, kind="layer")
+
+
+def test_their_identity_is_plain_json(base, toy_adapters):
+    adapters = toy_adapters("llama")
+    identity = identify_parts(assemble_parts(base, adapters, base_name=BASE_NAME, kind="layer"))
+    assert json.loads(json.dumps(identity)) == {
+        "base": {"id": BASE_NAME, "revision": "c0ffee", "sha256": "ab" * 32},
+        "adapters": [
+            {"name": a.name, "id": a.source, "revision": None, "sha256": a.sha256} for a in adapters
+        ],
+        "groups": ["layer.0", "layer.1"],
+        "device": "cpu",
+        "device_name": None,
+        "dtype": "float64",
+    }
