@@ -5,4 +5,4 @@ Entry points print it as one line and exit with code 2; everything else is a bug
 
 
 class InputError(ValueError):
-    """Bad input: the message is one line that names the file or field, what was found, what was expected, the way out."""
+    """Bad input; the message is one line: the file or field, what was found and expected, the way out."""

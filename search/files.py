@@ -23,7 +23,7 @@ def sha256_file(path: Path) -> str:
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """Yield a temporary path (a file or a folder to create) beside `path`; rename it to `path` on success, remove it on failure.
+    """Yield a temporary path beside `path`, for a file or folder; rename it on success, else remove it.
 
     Raises:
         InputError: if the folder cannot be made or written to, or the disk is full.
