@@ -283,5 +283,5 @@ def test_parallel_workers_build_what_one_does(copied, tiny_zoo, monkeypatch):
     build_experts(replace(copied, n_workers=2))
     for spec in EXPERTS[:2]:
         assert copied.measured(spec.task, "test").exists()
-        for path in tiny_zoo.adapter(spec).iterdir():
-            assert (copied.adapter(spec) / path.name).read_bytes() == path.read_bytes(), path
+        found = load_adapter(str(copied.adapter(spec)))
+        assert found.sha256 == load_adapter(str(tiny_zoo.adapter(spec))).sha256
