@@ -1,8 +1,7 @@
 """The command `python -m search run`: what it prints, writes and refuses."""
 
 import json
-import os
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
@@ -13,8 +12,6 @@ from search.evaluate import PopulationEvaluator
 from search.run import run_search
 from tests.test_merges import save_toy_zoo
 from tests.test_run import QUICK
-
-ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -47,12 +44,14 @@ def test_a_run_writes_its_folder_and_one_json_line(zoo, capsys):
     assert f"winner: {outcome['winner']}, loss" in err
 
 
-def test_it_runs_as_a_module(zoo, here):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "search", "run", str(zoo), "--out", "deep/out", "--set", *QUICK]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["output"] == "deep/out"
+def test_it_runs_as_a_module(zoo, here, monkeypatch, capsys):
+    command = ["search", "run", str(zoo), "--out", "deep/out", "--set", *QUICK]
+    monkeypatch.setattr(sys, "argv", command)
+    monkeypatch.delitem(sys.modules, "search.__main__")
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module("search", run_name="__main__")
+    assert ended.value.code == 0
+    assert json.loads(capsys.readouterr().out)["output"] == "deep/out"
     assert (here / "deep/out/adapter/adapter_model.safetensors").exists()
 
 
