@@ -149,8 +149,8 @@ def test_measuring_answers_as_the_competition_does(tiny_zoo):
     examples = scores_module.split_examples(TINY, 0, "test")
     free = [e for group in examples.values() for e in group if not e.choices]
     prompts = {"input": [e.prompt for e in free]}
-    _, texts = generate(model, tokenizer, tokenizer, prompts, measure.MAX_NEW_TOKENS)
-    assert measure.generate_answers(model, tokenizer, free) == [text.strip() for text in texts]
+    _, texts = generate(model, tokenizer, tokenizer, prompts, 64)
+    assert measure.generate_answers(model, tokenizer, free, 64) == [text.strip() for text in texts]
     for task in ("topic", "topic_sentiment"):
         group = examples[task]
         asked = {"input": [e.prompt for e in group], "answer_choices": [e.choices for e in group]}
@@ -240,7 +240,7 @@ def test_measured_validation_scores_are_kept_and_only_test_is_added(copied, monk
     kept = dict.fromkeys(ALL_TASKS, 0.125)
     copied.measured("maths", "validation").write_text(json.dumps(kept))
     copied.measured("maths", "test").unlink()
-    monkeypatch.setattr(measure, "accuracies", lambda model, tokenizer, groups: dict.fromkeys(groups, 0.5))
+    monkeypatch.setattr(measure, "accuracies", lambda model, tokenizer, groups, _: dict.fromkeys(groups, 0.5))
     found = measured_adapter(copied, EXPERTS[0])
     assert found == {"validation": kept, "test": dict.fromkeys(ALL_TASKS, 0.5)}
     assert (copied.work / "measured/maths.test.json").exists()

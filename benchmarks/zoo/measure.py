@@ -19,7 +19,6 @@ from benchmarks.zoo.tasks import HELD_IN, Example, draw_distinct
 
 Key = TypeVar("Key", bound=Hashable)
 BATCH_ROWS = 1024
-MAX_NEW_TOKENS = 64
 
 
 def measured_examples(n: int, split: str, seed: int) -> dict[str, list[Example]]:
@@ -38,7 +37,10 @@ def _batches(examples: Sequence[Example]) -> Iterator[Sequence[Example]]:
 
 @torch.inference_mode()
 def generate_answers(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, examples: Sequence[Example]
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    examples: Sequence[Example],
+    max_new_tokens: int,
 ) -> list[str]:
     """Answer greedily; returns one stripped text an example."""
     answers: list[str] = []
@@ -49,7 +51,7 @@ def generate_answers(
             input_ids=prompts.input_ids,
             attention_mask=prompts.attention_mask,
             do_sample=False,
-            max_new_tokens=MAX_NEW_TOKENS,
+            max_new_tokens=max_new_tokens,
             pad_token_id=tokenizer.pad_token_id,
         )
         texts = tokenizer.batch_decode(ids[:, prompts.input_ids.shape[1] :], skip_special_tokens=True)
@@ -96,10 +98,11 @@ def accuracies(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerFast,
     examples: Mapping[Key, list[Example]],
+    max_new_tokens: int,
 ) -> dict[Key, float]:
     """Return the share of right answers of each group of examples of one task."""
     free = [e for group in examples.values() for e in group if not e.choices]
-    given = dict(zip(map(id, free), generate_answers(model, tokenizer, free), strict=True))
+    given = dict(zip(map(id, free), generate_answers(model, tokenizer, free, max_new_tokens), strict=True))
     for group in examples.values():
         if group[0].choices:
             given |= dict(zip(map(id, group), choose_answers(model, tokenizer, group), strict=True))

@@ -46,7 +46,7 @@ def measured(
             for split in missing
             for task, examples in split_examples(build.size, build.seed, split).items()
         }
-        found = measure.accuracies(model, tokenizer, groups)
+        found = measure.accuracies(model, tokenizer, groups, build.size.answer_tokens)
         for split in missing:
             write_json(
                 build.measured(name, split), {t: value for (s, t), value in found.items() if s == split}

@@ -45,6 +45,8 @@ class ZooSize:
     n_measured: int
     """Validation examples per task that the card's scores are measured on."""
     context: int = 4096
+    answer_tokens: int = 64
+    """Tokens that a model may write for an answer when it is measured."""
     held_in_queries: int = 55
     """Queries of each held-in task in test.csv."""
     held_out_queries: int = 46
@@ -105,5 +107,6 @@ TINY = ZooSize(
     n_measured=4,
     held_in_queries=3,
     held_out_queries=2,
+    answer_tokens=8,
     scales=(0.3, 1.0),
 )
