@@ -147,14 +147,7 @@ def write_adapter(merged: MergedAdapter, folder: Path) -> None:
     Raises:
         InputError: the folder holds something else, or cannot be written.
     """
-    ours = {CONFIG_FILE, WEIGHTS_FILE}
-    strangers = (
-        sorted(path.name for path in folder.iterdir() if path.name not in ours) if folder.is_dir() else []
-    )
-    if strangers:
-        raise InputError(
-            f"{folder}: holds {strangers[0]!r}, which replacing it would delete. Choose a new folder."
-        )
+    refuse_strangers(folder)
     with atomic_write(folder) as temporary:
         temporary.mkdir()
         text = json.dumps(merged.config, indent=2, sort_keys=False)
@@ -163,6 +156,16 @@ def write_adapter(merged: MergedAdapter, folder: Path) -> None:
             save_file(merged.state_dict, temporary / WEIGHTS_FILE, metadata={"format": "pt"})
         except SafetensorError as error:
             raise OSError(str(error)) from error  # a full disk, for one
+
+
+def refuse_strangers(folder: Path) -> None:
+    """Refuse (InputError) a folder that holds anything but an adapter, which `write_adapter` would delete."""
+    ours = {CONFIG_FILE, WEIGHTS_FILE}
+    strangers = sorted({path.name for path in folder.iterdir()} - ours) if folder.is_dir() else []
+    if strangers:
+        raise InputError(
+            f"{folder}: holds {strangers[0]!r}, which replacing it would delete. Choose a new folder."
+        )
 
 
 def fold_adapters(

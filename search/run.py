@@ -12,12 +12,12 @@ import numpy as np
 from search.adapters import Adapter, load_adapter
 from search.base import LoadedBase, load_base
 from search.config import SearchConfig, config_hash
-from search.delivery import TRACE_FILE, deliver_merge, rehearse_merge
+from search.delivery import ADAPTER_FOLDER, TRACE_FILE, deliver_merge, rehearse_merge
 from search.ending import estimate_finalists_s, judge_on_searched, judge_on_unseen
 from search.evaluate import PopulationEvaluator, Scoring
 from search.finalists import Judgement
 from search.loop import CAUTION, EndedBy, Limits, Progress, SearchOutcome, search_loop
-from search.merge import MergedAdapter
+from search.merge import MergedAdapter, refuse_strangers
 from search.optimizer import BatchOptimizer
 from search.parts import Parts, assemble_parts, identify_parts
 from search.progress import ProgressLine
@@ -64,6 +64,7 @@ def run_search(
         InputError: for weights or settings that do not fit, or an output that cannot be written.
         ValueError: where the model gives no usable numbers.
     """
+    refuse_strangers(output / ADAPTER_FOLDER)
     box = TimeBox(config.search.time_box_s)
     box.reserve("caller", reserve_s)
     with ProgressLine(config.search.max_evaluations) as line:

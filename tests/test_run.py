@@ -349,6 +349,14 @@ def test_bad_settings_are_refused_before_anything_is_written(run, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_an_adapter_folder_that_holds_something_else_is_refused_before_the_search(run, tmp_path):
+    (tmp_path / "out/adapter").mkdir(parents=True)
+    (tmp_path / "out/adapter/notes.txt").write_text("precious")
+    with pytest.raises(InputError, match=r"holds 'notes.txt', which replacing it would delete"):
+        run()
+    assert not (tmp_path / "out/trace.jsonl").exists()
+
+
 def test_a_base_that_is_loaded_already_is_used(run, zoo, monkeypatch):
     base = search.run.load_base(str(zoo.parent / "base"), device="cpu")
     monkeypatch.setattr("search.run.load_base", None)
