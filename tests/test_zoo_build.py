@@ -21,7 +21,7 @@ from benchmarks.zoo.experts import IGNORED, batch
 from benchmarks.zoo.record import read_record, recorded
 from benchmarks.zoo.scores import measured, measured_adapter
 from benchmarks.zoo.sizes import EXPERTS, JOINT, TINY
-from benchmarks.zoo.tasks import HELD_IN
+from benchmarks.zoo.tasks import HELD_IN, draw_distinct
 from llm_merging.data import read_queries
 from llm_merging.model.decoder_functions import generate, predict_multiple_choice
 from search.adapters import check_adapter, load_adapter
@@ -151,8 +151,12 @@ def test_measuring_answers_as_the_competition_does(tiny_zoo):
     prompts = {"input": [e.prompt for e in free]}
     _, texts = generate(model, tokenizer, tokenizer, prompts, 64)
     assert measure.generate_answers(model, tokenizer, free, 64) == [text.strip() for text in texts]
-    for task in ("topic", "topic_sentiment"):
-        group = examples[task]
+    with torch.no_grad():  # unlike logits, so that every token of a choice counts
+        gen = torch.Generator().manual_seed(0)
+        model.lm_head.weight += torch.randn(model.lm_head.weight.shape, generator=gen)
+    topics = draw_distinct(HELD_IN["topic"], random.Random(0), "test", 20)
+    digits = [replace(e, choices=tuple("123456789")) for e in topics]  # one token each
+    for group in (topics, digits, examples["sentiment"], examples["topic_sentiment"]):
         asked = {"input": [e.prompt for e in group], "answer_choices": [e.choices for e in group]}
         best, _ = predict_multiple_choice(model, tokenizer, tokenizer, asked)
         chosen = [e.choices[i] for e, i in zip(group, best.tolist(), strict=True)]

@@ -89,6 +89,14 @@ def test_no_prompt_and_no_instance_is_in_two_splits(drawn, task):
     assert all(len(instances) == 1 for instances in instances_of_prompt.values())
 
 
+@pytest.mark.parametrize("task", GENERATORS)
+def test_the_values_of_an_instance_fix_its_answer(drawn, task):
+    answers = {}
+    for example in drawn[task]:
+        answers.setdefault(example.values, set()).add(example.answer)
+    assert all(len(found) == 1 for found in answers.values())
+
+
 @given(seed=st.integers(0, 2**32), task=st.sampled_from(sorted(GENERATORS)))
 def test_splits_drawn_with_the_same_randomness_share_nothing(seed, task):
     parts = [draw_distinct(GENERATORS[task], random.Random(seed), split, 5) for split in SPLITS]
