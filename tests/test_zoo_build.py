@@ -151,12 +151,13 @@ def test_measuring_answers_as_the_competition_does(tiny_zoo):
     prompts = {"input": [e.prompt for e in free]}
     _, texts = generate(model, tokenizer, tokenizer, prompts, 64)
     assert measure.generate_answers(model, tokenizer, free, 64) == [text.strip() for text in texts]
-    with torch.no_grad():  # unlike logits, so that every token of a choice counts
-        gen = torch.Generator().manual_seed(0)
-        model.lm_head.weight += torch.randn(model.lm_head.weight.shape, generator=gen)
-    topics = draw_distinct(HELD_IN["topic"], random.Random(0), "test", 20)
-    digits = [replace(e, choices=tuple("123456789")) for e in topics]  # one token each
-    for group in (topics, digits, examples["sentiment"], examples["topic_sentiment"]):
+    topics = draw_distinct(HELD_IN["topic"], random.Random(0), "test", 10)
+    words = sorted(token[1:] for token in tokenizer.get_vocab() if token[0] == "Ġ" and token[1:].isalpha())
+    single_tokens = [replace(e, choices=tuple(words[:9])) for e in topics]
+    gen = torch.Generator().manual_seed(0)
+    for group in (topics, examples["sentiment"], examples["topic_sentiment"], *[single_tokens] * 5):
+        with torch.no_grad():  # other logits each time, so that every token of a choice counts
+            model.lm_head.weight.normal_(generator=gen)
         asked = {"input": [e.prompt for e in group], "answer_choices": [e.choices for e in group]}
         best, _ = predict_multiple_choice(model, tokenizer, tokenizer, asked)
         chosen = [e.choices[i] for e, i in zip(group, best.tolist(), strict=True)]
