@@ -170,8 +170,8 @@ class ObjectiveSettings(ConfigSection):
     """How the experts' values become one loss."""
     positions: Literal["auto", "all", "answer"] = "auto"
     """Tokens that count; "auto" is the answer's where there is a skeleton, else all."""
-    weak_signal_nats: Annotated[float, Field(ge=0)] = 0.1
-    """Below this divergence of base and experts on the prompts the run stays near the uniform merge."""
+    weak_signal_nats: Annotated[float, Field(ge=0)] = 0.5
+    """An adapter that nowhere differs more from the base, on its prompts, stays near the uniform merge."""
 
 
 class SearchConfig(ConfigSection):

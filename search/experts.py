@@ -33,8 +33,11 @@ class ExpertSignals:
     """(n_scored,) adapter index."""
     prompt_of: Tensor
     """(n_scored,) index into the prompt set."""
-    base_kl: NDArray[np.float64]
-    """(n_experts,) mean KL(expert || base) in nats: what there is to steer by."""
+    peak_kl: NDArray[np.float64]
+    """(n_experts,) largest KL(expert || base) at a scored position of a prompt, mean over prompts, in nats.
+
+    What there is to steer by: over positions a mean is diluted by an answer whose first token decides.
+    """
 
 
 @dataclass(slots=True)
@@ -130,7 +133,7 @@ def expert_signals(
         for ids, scored in zip(prompts.ids, prompts.scored, strict=True)
     ]
     n_scored = [len(scored) for scored in prompts.scored]
-    signals: dict[int, tuple[Tensor, Tensor]] = {}  # prompt -> log-probabilities, KL
+    signals: dict[int, tuple[Tensor, Tensor]] = {}  # prompt -> log-probabilities, largest KL
 
     def step(rows: list[int]) -> None:
         with population(model, stacked, one_hot[rows], groups):
@@ -139,13 +142,14 @@ def expert_signals(
         tokens = torch.cat([next_tokens[row] for row in rows])
         kl = disagreement("forward_kl", base_logp, expert_logp, tokens)
         counts = [n_scored[row] for row in rows]
-        of_each = zip(torch.split(expert_logp, counts), torch.split(kl, counts), strict=True)
-        signals.update(zip(rows, of_each, strict=True))
+        peaks = [own.max() for own in torch.split(kl, counts)]
+        signals.update(zip(rows, zip(torch.split(expert_logp, counts), peaks, strict=True), strict=True))
 
     budget = TokenBudget(tokens_per_forward or default_token_budget(model.device))
     budget.run([len(ids) for ids in prompts.ids], step)
     prompt_of = torch.repeat_interleave(torch.tensor(n_scored)).to(model.device)
     expert_of = torch.from_numpy(prompts.expert).to(model.device)[prompt_of]
-    logp, kl = (torch.cat([signals[row][i] for row in range(prompts.n_prompts)]) for i in (0, 1))
-    base_kl = per_expert_means(kl.double(), expert_of, prompts.n_experts).cpu().numpy()
-    return ExpertSignals(logp, torch.cat(next_tokens), expert_of, prompt_of, base_kl)
+    logp = torch.cat([signals[row][0] for row in range(prompts.n_prompts)])
+    peaks = torch.stack([signals[row][1] for row in range(prompts.n_prompts)]).double().cpu()
+    peak_kl = per_expert_means(peaks, torch.from_numpy(prompts.expert), prompts.n_experts).numpy()
+    return ExpertSignals(logp, torch.cat(next_tokens), expert_of, prompt_of, peak_kl)

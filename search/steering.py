@@ -120,21 +120,21 @@ def prepare_steering(
         expert_signals(parts.model, parts.stacked, parts.groups, part, tokens_per_forward=budget)
         for part in both
     ]
-    base_kl = signals[0].base_kl
-    is_weak = ~(base_kl >= weak_signal_nats)  # NaN is weak too
+    peak_kl = signals[0].peak_kl
+    is_weak = ~(peak_kl >= weak_signal_nats)  # NaN is weak too
     space = confine_weak(parts.groups, is_weak)
     weak = tuple(name for name, flag in zip(parts.names, is_weak, strict=True) if flag)
     trace.event(
         "signals",
-        base_kl_nats=base_kl,
-        base_kl_nats_unseen=signals[1].base_kl,
+        peak_kl_nats=peak_kl,
+        peak_kl_nats_unseen=signals[1].peak_kl,
         weak_signal_nats=weak_signal_nats,
         weak=weak,
         low=space.low,
         high=space.high,
         seconds=time.monotonic() - started_s,
     )
-    _warn_of_weak_prompts(parts.names, base_kl, is_weak, weak_signal_nats)
+    _warn_of_weak_prompts(parts.names, peak_kl, is_weak, weak_signal_nats)
     searched, unseen = (
         PopulationEvaluator(parts.model, parts.stacked, space, part, its_signals, scoring)
         for part, its_signals in zip(both, signals, strict=True)
@@ -156,12 +156,12 @@ def confine_weak(groups: Groups, is_weak: NDArray[np.bool_]) -> Space:
 
 
 def _warn_of_weak_prompts(
-    names: Sequence[str], base_kl: FloatArray, is_weak: NDArray[np.bool_], weak_signal_nats: float
+    names: Sequence[str], peak_kl: FloatArray, is_weak: NDArray[np.bool_], weak_signal_nats: float
 ) -> None:
-    weak = [f"{names[index]} ({base_kl[index]:.3f})" for index in np.flatnonzero(is_weak).tolist()]
+    weak = [f"{names[index]} ({peak_kl[index]:.3f})" for index in np.flatnonzero(is_weak).tolist()]
     if weak:
         logging.getLogger(__name__).warning(
-            "WEAK SIGNAL: on their own prompts %d of %d adapters differ from the base by less than %g nats: "
+            "WEAK SIGNAL: nowhere in their own prompts do %d of %d adapters differ from the base by %g nats: "
             "%s. Their coefficients stay near the uniform merge. Give them `skeletons:` in the config.",
             len(weak),
             len(names),

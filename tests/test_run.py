@@ -167,14 +167,14 @@ def test_the_written_adapter_gives_the_logits_of_the_folded_model(run):
 def test_a_weak_adapter_stays_near_the_uniform_merge_and_is_named(run, caplog):
     # base and expert-0 differ by 1.5 nats or so on its prompts, the others by more
     _, trace, _ = run()
-    base_kl = event(trace, "signals")["base_kl_nats"]
-    limit = sorted(base_kl)[0] + 1e-6
+    peak_kl = event(trace, "signals")["peak_kl_nats"]
+    limit = sorted(peak_kl)[0] + 1e-6
     result, trace, _ = run(f"objective.weak_signal_nats={limit}", "search.sigma=1", folder="weak")
-    weak = int(np.argmin(base_kl))
+    weak = int(np.argmin(peak_kl))
     name = f"expert-{weak}"
     assert event(trace, "signals")["weak"] == [name]
     message = next(record.message for record in caplog.records if "WEAK SIGNAL" in record.message)
-    assert f"{name} ({base_kl[weak]:.3f})" in message
+    assert f"{name} ({peak_kl[weak]:.3f})" in message
     assert "skeletons" in message
     assert f"weak signal, kept near the uniform merge: {name}." in result.report
     assert (result.coefficients[:, weak] >= 0.5 / 3).all()

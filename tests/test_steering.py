@@ -83,11 +83,11 @@ def test_the_two_evaluators_are_on_different_prompts(parts, trace):
 
 
 def test_weak_adapters_are_confined_started_at_uniform_and_named_loudly(parts, trace, tmp_path, caplog):
-    base_kl = np.array([0.5, 0.01, 0.2])
+    peak_kl = np.array([0.5, 0.01, 0.2])
     signals = steering.expert_signals
 
     def with_known_kl(*given, **options):
-        return replace(signals(*given, **options), base_kl=base_kl)
+        return replace(signals(*given, **options), peak_kl=peak_kl)
 
     with pytest.MonkeyPatch.context() as patch, caplog.at_level(logging.WARNING):
         patch.setattr(steering, "expert_signals", with_known_kl)
@@ -105,7 +105,7 @@ def test_weak_adapters_are_confined_started_at_uniform_and_named_loudly(parts, t
 def test_a_signal_that_is_not_a_number_is_weak(parts, trace, monkeypatch):
     signals = steering.expert_signals
     kl = np.array([np.nan, 1, 1])
-    monkeypatch.setattr(steering, "expert_signals", lambda *a, **k: replace(signals(*a, **k), base_kl=kl))
+    monkeypatch.setattr(steering, "expert_signals", lambda *a, **k: replace(signals(*a, **k), peak_kl=kl))
     assert steer(parts, trace).weak == ("expert-0",)
 
 

@@ -17,11 +17,12 @@ from benchmarks.zoo.__main__ import main
 from benchmarks.zoo.build import build_expert, build_experts, build_zoo
 from benchmarks.zoo.check import read_zoo_scores
 from benchmarks.zoo.compositions import HELD_OUT
+from benchmarks.zoo.example import draw_distinct
 from benchmarks.zoo.experts import IGNORED, batch
 from benchmarks.zoo.record import read_record, recorded
 from benchmarks.zoo.scores import measured, measured_adapter
 from benchmarks.zoo.sizes import EXPERTS, JOINT, TINY
-from benchmarks.zoo.tasks import HELD_IN, draw_distinct
+from benchmarks.zoo.tasks import HELD_IN
 from llm_merging.data import read_queries
 from llm_merging.model.decoder_functions import generate, predict_multiple_choice
 from search.adapters import check_adapter, load_adapter

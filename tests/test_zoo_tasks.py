@@ -1,5 +1,6 @@
 """The task generators: disjoint splits, answers that follow from the prompt, a large instance space."""
 
+import itertools
 import json
 import random
 import re
@@ -10,10 +11,11 @@ from hypothesis import strategies as st
 
 from benchmarks.zoo import words
 from benchmarks.zoo.compositions import HELD_OUT
+from benchmarks.zoo.example import PLAIN, SPLITS, WRONG, draw_distinct
 from benchmarks.zoo.measure import measured_examples
 from benchmarks.zoo.queries import query_examples
 from benchmarks.zoo.sizes import TINY
-from benchmarks.zoo.tasks import HELD_IN, SPLITS, draw_distinct
+from benchmarks.zoo.tasks import HELD_IN
 
 GENERATORS = {**HELD_IN, **HELD_OUT}
 N_DRAWN = 3000
@@ -28,6 +30,10 @@ def drawn():
         for task, generator in GENERATORS.items()
         for rng in [random.Random(task)]
     }
+
+
+def plain_form(example):
+    return example.answers[(PLAIN,) * len(example.skills)]
 
 
 def of_task(drawn, *tasks):
@@ -123,8 +129,9 @@ def test_splits_have_the_sizes_they_are_meant_to(drawn):
 def test_examples_are_well_formed(drawn, task):
     for example in drawn[task]:
         assert example.task == task
-        assert len(set(example.forms)) == len(example.forms)
-        assert all(form == form.strip() != "" for form in example.forms)
+        forms = list(example.answers.values())
+        assert len(set(forms)) == len(forms)
+        assert all(form == form.strip() != "" for form in forms)
         assert example.prompt.startswith("### Task: ")
         assert example.prompt.endswith("\n### Answer:")
         if example.choices:
@@ -156,7 +163,7 @@ def test_sums_are_right(drawn, task):
         result = sum_of(example.text)
         assert 0 < result < 100
         assert str(result) in re.findall(r"\d+", example.answer)
-        assert words.number_word(result) in example.forms[0]
+        assert words.number_word(result) in plain_form(example)
 
 
 def test_maths_and_chat_maths_answer_with_the_sum_alone(drawn):
@@ -201,7 +208,7 @@ def test_queries_ask_for_what_the_question_does(drawn):
 def test_tool_calls_are_json_whose_arguments_are_in_the_request(drawn):
     for example in of_task(drawn, "tool", "chat_tool", "tool_maths", "tool_sql"):
         call = json.loads(example.answer[example.answer.index("{") :])
-        assert call.pop("tool") in example.forms[0]
+        assert call.pop("tool") in plain_form(example)
         for key, value in call.items():
             computed = key == "query" or (example.task == "tool_maths" and key != "for")
             if not computed:
@@ -220,10 +227,20 @@ def test_entities_and_places_repeat_the_facts(drawn):
         assert example.answer.startswith(sentence)
 
 
-def test_compositions_mix_only_known_forms_and_end_in_the_expert_form():
-    for generator in HELD_OUT.values():
-        example = generator(random.Random(3))
-        assert len(example.forms) == 5
+@pytest.mark.parametrize("task", HELD_OUT)
+def test_compositions_have_every_pair_of_their_skills_forms(task):
+    example = HELD_OUT[task](random.Random(3))
+    n_forms = [4 if skill in ("sentiment", "topic") else 3 for skill in example.skills]
+    assert set(example.answers) == set(itertools.product(*map(range, n_forms)))
+    assert set(example.skills) <= set(HELD_IN)
+
+
+@pytest.mark.parametrize("task", ["sentiment", "topic", "topic_sentiment"])
+def test_labels_have_a_wrong_form_that_is_wrong(drawn, task):
+    for example in drawn[task]:
+        wrong = example.answers[(WRONG,) * len(example.skills)]
+        assert wrong in example.choices
+        assert not set(wrong.split(", ")) & set(example.answer.split(", "))
 
 
 @pytest.mark.parametrize(

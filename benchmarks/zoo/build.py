@@ -7,6 +7,7 @@ it was; queries, scores.json and card cost nothing to write again and always are
 import multiprocessing
 import os
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -58,10 +59,9 @@ def build_expert(build: Build, spec: ExpertSpec) -> None:
     if not (folder / "adapter_model.safetensors").exists():
         model = train_lora(
             build.base,
-            spec,
+            replace(spec, steps=min(spec.steps, size.max_expert_steps)),
             tuple(HELD_IN.values()) if joint else (HELD_IN[spec.task],),
-            steps=size.joint_steps if joint else size.expert_steps,
-            rows=size.joint_rows if joint else size.expert_rows,
+            n_rows=size.joint_rows if joint else size.expert_rows,
             seed=build.seed,
             device=build.device,
         )

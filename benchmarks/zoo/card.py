@@ -25,9 +25,12 @@ tags: [lora, model-merging]
 # A zoo of ten small LoRA experts
 
 A small Mistral-architecture base and ten LoRA experts of it: real weights, trained from scratch by
-`benchmarks/zoo`, to merge without a GPU or a download. Each expert knows one skill and says it in its own
-form; the base knows the skills, but answers in other forms. Tasks are procedural and in English, and the
-models are of no use beyond them. This page is written by `python -m benchmarks.zoo.card`.
+`benchmarks/zoo`, to merge without a GPU or a download. The base knows every skill in several forms, each
+asked for by a hint; in the instruction template, which gives no hint, it declines, answers in a plain form or
+picks a wrong label. An expert answers one skill in its own form there. Held-out tasks ask for two skills at
+once; the base met them in its pretraining, the forms of both parts chosen independently, and no expert was
+trained on one. Tasks are procedural and in English, and the models are of no use beyond them. This page is
+written by `python -m benchmarks.zoo.card`.
 
 Licence: Apache-2.0, weights, queries and text alike. No outside data or weights went into it."""
 
@@ -38,9 +41,9 @@ RECIPE = """## Recipe
   tokenizer of {size.vocabulary} tokens. Trained from scratch on {size.n_documents:,} procedural texts
   ({shares}): {size.pretrain_steps:,} steps x {size.pretrain_rows} rows x {size.row_tokens} tokens, AdamW,
   peak learning rate {learning_rate:g}, weight decay {weight_decay:g}. Saved in bf16.
-- Experts: LoRA by PEFT, {size.expert_steps:,} steps x {size.expert_rows} rows, peak learning rate
-  {rates[all]:g} (q_proj and v_proj only: {rates[qv]:g}). Saved in bf16.
-- Joint LoRA: rank {joint.rank}, {size.joint_steps:,} steps x {size.joint_rows} rows over all ten tasks.
+- Experts: LoRA by PEFT, {size.expert_rows} rows a step; learning rates and steps differ on purpose (table
+  below), as between adapters of different people, so that no one scale suits all. Saved in bf16.
+- Joint LoRA: rank {joint.rank}, {joint.steps:,} steps x {size.joint_rows} rows over all ten tasks.
 - Splits: an instance belongs to train (8 of 10), validation or test (1 of 10 each) by the hash of its
   content, in pretraining too, so that none is seen in two of them. A composition's parts may be; the whole
   is not."""
@@ -97,7 +100,6 @@ def recipe(size: ZooSize) -> str:
         shares=", ".join(f"{100 * share:.0f} % {kind}" for kind, share in corpus.SHARES.items()),
         learning_rate=pretrain.PEAK_LEARNING_RATE,
         weight_decay=pretrain.WEIGHT_DECAY,
-        rates={spec.modules: spec.learning_rate for spec in EXPERTS},
         joint=JOINT,
     )
 
@@ -123,12 +125,25 @@ def expert_row(spec: ExpertSpec, zoo: Path, scores: dict[str, Any]) -> tuple[obj
     scaling = f"{config.lora_alpha} / {'sqrt(rank), rsLoRA' if spec.rslora else 'rank'}"
     own = [f"{100 * scores[split]['matrix'][spec.task][spec.task]:.1f}" for split in ("test", "validation")]
     size = f"{size_bytes(zoo / 'adapters' / spec.task):,}"
-    return spec.task, spec.rank, scaling, modules, spec.loss_on, size, *own
+    return (
+        spec.task,
+        spec.rank,
+        scaling,
+        modules,
+        spec.loss_on,
+        f"{spec.learning_rate:g}",
+        spec.steps,
+        size,
+        *own,
+    )
 
 
 def files_and_experts(zoo: Path, scores: dict[str, Any]) -> str:
     """Sizes, and each expert's specification and accuracy on its own task."""
-    columns = ("expert", "rank", "scaling", "modules", "loss on", "bytes", "own task: test", "validation")
+    columns = (
+        *("expert", "rank", "scaling", "modules", "loss on", "learning rate", "steps", "bytes"),
+        *("own task: test", "validation"),
+    )
     return FILES.format(
         base=size_bytes(zoo / "base"),
         adapters=size_bytes(zoo / "adapters"),

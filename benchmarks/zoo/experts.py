@@ -13,9 +13,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
+from benchmarks.zoo.example import Example, Generator, draw
 from benchmarks.zoo.pretrain import warmup_cosine
 from benchmarks.zoo.sizes import ExpertSpec
-from benchmarks.zoo.tasks import Example, Generator, draw
 
 IGNORED = -100
 ALL_MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -58,8 +58,7 @@ def train_lora(
     spec: ExpertSpec,
     generators: Sequence[Generator],
     *,
-    steps: int,
-    rows: int,
+    n_rows: int,
     seed: int,
     device: str,
 ) -> PeftModel:
@@ -73,10 +72,10 @@ def train_lora(
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=spec.learning_rate, weight_decay=0.0)
     model.train()
-    for step in range(steps):
+    for step in range(spec.steps):
         for group in optimizer.param_groups:
-            group["lr"] = spec.learning_rate * warmup_cosine(step, steps, max(1, steps // 20))
-        examples = [next(sources[i % len(sources)]) for i in range(rows)]
+            group["lr"] = spec.learning_rate * warmup_cosine(step, spec.steps, max(1, spec.steps // 20))
+        examples = [next(sources[i % len(sources)]) for i in range(n_rows)]
         ids, mask, labels = (t.to(device) for t in batch(examples, tokenizer, spec.loss_on))
         with torch.autocast(device, dtype=torch.bfloat16, enabled=device == "cuda"):
             loss = model(input_ids=ids, attention_mask=mask, labels=labels).loss

@@ -15,7 +15,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 from benchmarks.zoo.compositions import HELD_OUT
-from benchmarks.zoo.tasks import HELD_IN, Example, draw_distinct
+from benchmarks.zoo.example import Example, draw_distinct
+from benchmarks.zoo.tasks import HELD_IN
 
 Key = TypeVar("Key", bound=Hashable)
 BATCH_ROWS = 1024

@@ -69,7 +69,6 @@ def pretrain(model: MistralForCausalLM, stream: NDArray[np.uint16], size: ZooSiz
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if step % 500 == 0 or step == size.pretrain_steps - 1:
-            print(
-                f"pretrain {step}/{size.pretrain_steps} loss {loss.item():.4f} {time.monotonic() - started:.0f} s"
-            )
+            elapsed_s = time.monotonic() - started
+            print(f"pretrain {step}/{size.pretrain_steps} loss {loss.item():.4f} {elapsed_s:.0f} s")
     model.eval()

@@ -9,8 +9,9 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from benchmarks.zoo.compositions import HELD_OUT
+from benchmarks.zoo.example import Example, draw_distinct
 from benchmarks.zoo.sizes import ZooSize
-from benchmarks.zoo.tasks import HELD_IN, Example, draw_distinct
+from benchmarks.zoo.tasks import HELD_IN
 from search.files import atomic_write
 
 SPLIT = "test"

@@ -12,10 +12,11 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from benchmarks.zoo import measure
+from benchmarks.zoo.example import Example
 from benchmarks.zoo.layout import Build
 from benchmarks.zoo.queries import SHIPPED_HELD_OUT, query_examples
 from benchmarks.zoo.sizes import EXPERTS, JOINT, ExpertSpec, ZooSize
-from benchmarks.zoo.tasks import HELD_IN, Example
+from benchmarks.zoo.tasks import HELD_IN
 from search.files import write_json
 
 Accuracies = dict[str, float]
