@@ -94,8 +94,8 @@ def test_weak_adapters_are_confined_started_at_uniform_and_named_loudly(parts, t
         found = steer(parts, trace, weak_signal_nats=0.2)  # not below: not weak
     assert found.weak == ("expert-1",)
     (record,) = caplog.records
-    assert record.message.startswith("WEAK SIGNAL: on their own prompts 1 of 3 adapters differ")
-    assert "less than 0.2 nats: expert-1 (0.010)." in record.message
+    assert record.message.startswith("WEAK SIGNAL: nowhere in their own prompts do 1 of 3 adapters differ")
+    assert "by 0.2 nats: expert-1 (0.010)." in record.message
     np.testing.assert_allclose(found.space.low, [-np.inf, 1 / 6, -np.inf])
     np.testing.assert_allclose(found.space.high, [np.inf, 1 / 2, np.inf])
     np.testing.assert_allclose(found.start(0.4), [[0.4, 1 / 3, 0.4]] * 2)
