@@ -19,5 +19,5 @@ slow:  ## the tests over 5 s
 demo:  ## merge the embedded experts and answer data/test.csv
 	python llm_merging/main.py
 
-zoo:  ## train the embedded base and experts again (minutes, one CUDA GPU)
-	python -m benchmarks.zoo
+zoo:  ## train base and experts anew into build/new (minutes, one CUDA GPU)
+	python -m benchmarks.zoo --out build/new/zoo --work build/new/work --queries build/new

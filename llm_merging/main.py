@@ -77,14 +77,14 @@ def run(arguments: argparse.Namespace) -> int:
         answers_path = arguments.output_folder / path.name
         write_predictions(answers_path, queries, answer_queries(method, queries))
         print(f"answered: {answers_path} ({len(queries)} rows)")
-    print(f"done in {time.monotonic() - STARTED_S:.0f} s")
+    ended = f", search ended by {method.ended_by}" if method.ended_by else ""
+    print(f"done in {time.monotonic() - STARTED_S:.0f} s{ended}")
     return 130 if method.ended_by == "interrupt" else 0
 
 
 def tell_merge(method: Merges) -> None:
     """Print what was merged, and what Ctrl-C does from here on."""
-    ended = f" (search ended by {method.ended_by})" if method.ended_by else ""
-    print(*filter(None, [method.report, f"merged: {method.output}{ended}"]), sep="\n", flush=True)
+    print(*filter(None, [method.report, f"merged: {method.output}"]), sep="\n", flush=True)
     if method.ended_by == "interrupt":
         again = "the best merge so far answers now; Ctrl-C again to stop without answers"
         print(f"interrupted: {again}", file=sys.stderr)

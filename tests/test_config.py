@@ -1,5 +1,6 @@
 """Config: short and long forms read alike, and every mistake is one clear line."""
 
+import csv
 import json
 from pathlib import Path
 from typing import get_args
@@ -319,3 +320,14 @@ def test_the_names_of_objectives_are_those_that_exist():
 )
 def test_the_configs_that_ship_load_from_any_folder(path):
     assert len(load_config(path).adapters) >= 10
+
+
+def test_the_demo_gives_every_adapter_a_skeleton_that_holds_no_row_of_data():
+    root = Path(__file__).parents[1]
+    with (root / "data/test.csv").open(encoding="utf-8", newline="") as file:
+        texts = [row["input"].split(": ", 2)[2].removesuffix("\n### Answer:") for row in csv.DictReader(file)]
+    assert len(set(texts)) > 800
+    for adapter in load_config(root / "configs/demo.yaml").adapters:
+        assert adapter.about
+        assert adapter.skeletons
+        assert not [text for text in texts for skeleton in adapter.skeletons if text in skeleton]

@@ -59,7 +59,6 @@ def test_a_failure_inside_a_folder_removes_it(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.xfail(strict=True, reason="cleaning up below a file hides the clear error")
 def test_a_place_that_cannot_be_written_to_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match=r"cannot write .*file/out\.json: "):

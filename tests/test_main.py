@@ -280,7 +280,6 @@ def test_the_competitions_queries_are_answered(here, quick):
 
 @pytest.mark.slow
 @pytest.mark.skipif(KIT_QUERIES is None, reason="the competition's query file is not here")
-@pytest.mark.skipif(not ZOO.exists(), reason="the embedded zoo is not here")
 def test_the_competitions_queries_are_answered_by_the_zoo(here):
     config = here / "zoo.yaml"
     config.write_text(f"base: {ZOO / 'base'}\nadapters: {ZOO / 'adapters'}\n")

@@ -23,7 +23,6 @@ ROOT = Path(__file__).parents[1]
 ZOO = ROOT / "data/zoo"
 QUERIES = ROOT / "data/test.csv"
 TARGETS = ROOT / "data/test_targets.csv"
-pytestmark = pytest.mark.skipif(not (ZOO / "base").exists(), reason="data/zoo is not built")
 
 
 @pytest.fixture(scope="module")

@@ -41,7 +41,7 @@ def scores():
         "validation": good_split() | {"scales": {"0.3": everywhere(0.7, 0.5), "1.0": everywhere(0.2, 0.1)}},
         "build": {
             "seed": 7,
-            "versions": {"torch": "2.13.0"},
+            "versions": {"NVIDIA H200": {"torch": "2.13.0"}},
             "stages": {"base": {"NVIDIA H200": 321.4}, "experts": {"NVIDIA H200": 123.0, "CPU": 4.0}},
         },
     }
@@ -92,10 +92,10 @@ def test_one_weak_expert_is_enough_to_fail_and_is_named(scores, zoo):
 
 
 def test_a_shipped_composition_that_one_expert_solves_fails_and_is_named(scores, zoo):
-    scores["validation"]["matrix"]["tool"]["tool_sql"] = 0.61
+    scores["validation"]["matrix"]["tool"]["tool_maths"] = 0.61
     (limit,) = [limit for limit in all_limits(scores, zoo) if not limit.passed]
     assert limit.name == "validation: best single expert, each held-out task"
-    assert limit.found == "61.0 % (tool_sql)"
+    assert limit.found == "61.0 % (tool_maths)"
 
 
 def test_a_composition_that_does_not_ship_may_be_easy(scores, zoo):
@@ -108,7 +108,7 @@ def test_a_composition_that_does_not_ship_may_be_easy(scores, zoo):
 
 def test_a_value_at_its_limit_passes(scores, zoo):
     scores["test"] |= {"base": everywhere(0.2, 0.2), "uniform": everywhere(0.5, 0.5)}
-    scores["test"]["matrix"]["tool"]["tool_sql"] = 0.6
+    scores["test"]["matrix"]["tool"]["tool_maths"] = 0.6
     assert missed(scores, zoo) == []
 
 
@@ -142,12 +142,12 @@ def test_the_card_states_recipe_sizes_scores_and_limits(scores, zoo):
     for text in (
         "license: apache-2.0",
         "6 layers, hidden 256",
-        "2,400,000 procedural texts",
+        "1,600,000 procedural texts",
         "`base/` 3,000,000 bytes; `adapters/` 2,000,000 bytes",
-        "| entities | 16 | 8 / sqrt(rank), rsLoRA | all linear | sequence | 200,000 | 100.0 | 100.0 |",
-        "| code | 8 | 16 / rank | q_proj, v_proj | sequence | 200,000 | 100.0 | 100.0 |",
+        "| entities | 16 | 8 / sqrt(rank), rsLoRA | all linear | sequence | 0.00015 | 300 | 200,000 |",
+        "| code | 8 | 16 / rank | q_proj, v_proj | sequence | 0.0015 | 400 | 200,000 | 100.0 | 100.0 |",
         "| maths | held-in | 55 | 10 | 100 |",
-        "| chat_tool | not shipped | 46 | 20 | 40 |",
+        "| tool_sql | not shipped | 46 | 20 | 40 |",
         "| base | NVIDIA H200 | 321 |",
         "--seed 7",
         "picked WITH LABELS on the validation split",

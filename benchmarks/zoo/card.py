@@ -53,7 +53,7 @@ REBUILD = """## Rebuild
 `python -m benchmarks.zoo --seed {seed} --out NEW/zoo --work NEW/work --queries NEW` builds it anew in the
 folder NEW, in minutes on one CUDA GPU, and goes on where it was when interrupted; `--tiny` builds a toy of
 the same shape in seconds on a CPU. Weights may differ between devices and versions; the queries are the same
-bytes. This build: {versions}.
+bytes. Versions of this build: {versions}.
 
 {table}"""
 
@@ -113,7 +113,10 @@ def rebuild(build: dict[str, Any]) -> str:
     ]
     return REBUILD.format(
         seed=build["seed"],
-        versions=", ".join(f"{name} {version}" for name, version in build["versions"].items()),
+        versions="; ".join(
+            f"{name}: " + ", ".join(f"{package} {version}" for package, version in packages.items())
+            for name, packages in build["versions"].items()
+        ),
         table=table(("stage", "machine", "seconds"), rows),
     )
 

@@ -26,7 +26,7 @@ def machine(device: str) -> str:
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """Return {"versions": {package: version}, "stages": {stage: {machine: seconds}}}."""
+    """Return {"versions": {machine: {package: version}}, "stages": {stage: {machine: seconds}}}."""
     return json.loads(path.read_text()) if path.exists() else {"versions": {}, "stages": {}}
 
 
@@ -46,7 +46,7 @@ def recorded(path: Path, stage: str, device: str) -> Iterator[None]:
         if elapsed_s >= NOTHING_DONE_S or not seconds:
             name = machine(device)
             seconds[name] = round(seconds.get(name, 0.0) + elapsed_s, 1)
-            record["versions"] = {
+            record["versions"][name] = {
                 "python": platform.python_version(),
                 **{module.__name__: module.__version__ for module in (torch, transformers, peft)},
             }
