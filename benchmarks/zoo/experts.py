@@ -93,5 +93,5 @@ def save_adapter(model: PeftModel, folder: Path, base_name: str) -> None:
         if "lora_" in name:
             parameter.data = parameter.data.to(torch.bfloat16)
     model.peft_config["default"].base_model_name_or_path = base_name
-    model.save_pretrained(folder)
+    model.save_pretrained(folder, save_embedding_layers=False)  # else PEFT compares with the shipped base
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty card; the zoo has one for all
