@@ -119,6 +119,16 @@ def test_the_kits_token_is_used_when_set_and_never_required(config, monkeypatch)
     assert os.environ.pop("HF_TOKEN") == "of-the-kit"
 
 
+def test_the_kits_choice_scoring_leaves_out_each_choices_first_token(config):
+    method = UniformAverage("uniform_average", config)
+    method._load_base_model()
+    method._load_tokenizer()
+    batch = {"input": ["abc"], "answer_choices": [["b", "cd"]]}
+    full = method.predict_multiple_choice(batch)[1]
+    method.skip_first_choice_token = True
+    assert (method.predict_multiple_choice(batch)[1] - full).min() > 0  # a negative term less in each sum
+
+
 def test_uniform_average_equals_pefts_deltas(zoo, config, tmp_path):
     method = UniformAverage("uniform_average", config)
     method.output = tmp_path

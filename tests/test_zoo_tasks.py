@@ -4,17 +4,18 @@ import itertools
 import json
 import random
 import re
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks.zoo import words
+from benchmarks.zoo import corpus, experts, words
 from benchmarks.zoo.compositions import HELD_OUT
 from benchmarks.zoo.example import PLAIN, SPLITS, WRONG, draw_distinct
 from benchmarks.zoo.measure import measured_examples
 from benchmarks.zoo.queries import query_examples
-from benchmarks.zoo.sizes import TINY
+from benchmarks.zoo.sizes import EXPERTS, TINY
 from benchmarks.zoo.tasks import HELD_IN
 
 GENERATORS = {**HELD_IN, **HELD_OUT}
@@ -117,6 +118,28 @@ def test_measured_examples_are_of_their_split():
     validation, test = measured_examples(5, "validation", 0), query_examples(TINY, 0)
     assert {e.split for group in validation.values() for e in group} == {"validation"}
     assert {e.split for group in test.values() for e in group} == {"test"}
+
+
+def test_pretraining_and_experts_see_the_training_split_alone(monkeypatch, tiny_zoo):
+    seen = []
+
+    def keep(example, rng):
+        seen.append(example)
+        return "text"
+
+    monkeypatch.setattr(corpus, "document", keep)
+    corpus.documents(300, seed=1)
+    make_batch = experts.batch
+
+    def keep_batch(examples, *options):
+        seen.extend(examples)
+        return make_batch(examples, *options)
+
+    monkeypatch.setattr(experts, "batch", keep_batch)
+    spec = replace(EXPERTS[0], steps=2)
+    experts.train_lora(tiny_zoo.base, spec, (HELD_IN["maths"],), n_rows=30, seed=1, device="cpu")
+    assert len(seen) == 360
+    assert {example.split for example in seen} == {"train"}
 
 
 def test_splits_have_the_sizes_they_are_meant_to(drawn):
