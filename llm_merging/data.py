@@ -64,7 +64,9 @@ def parse_choices(text: str) -> tuple[str, ...]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # "\d" in a choice is only deprecated, and is what it looks like
-            return tuple(ast.literal_eval(text))
+            choices = tuple(ast.literal_eval(text))
+        "".join(choices).encode()  # half of a surrogate pair is no text: UnicodeEncodeError
+        return choices
     except (ValueError, SyntaxError) as error:
         raise ValueError(f"has a broken escape ({getattr(error, 'msg', error)})") from error
 

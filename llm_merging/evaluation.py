@@ -4,6 +4,7 @@ Knows queries and the two answering functions of a method; not models, and not h
 """
 
 import csv
+import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ EMPTY_PREDICTION = "unknown"
 """Written for an empty answer: the leaderboard refuses empty cells."""
 ESTIMATE_MARGIN = 1.5
 """The merged model may write longer answers than the base, on which the time to answer is measured."""
+
+_LONE_RETURN = re.compile(r"\r(?!\n)")
 
 Batch = Mapping[str, Sequence[Any]]
 
@@ -131,7 +134,8 @@ def write_predictions(path: Path, queries: Sequence[Query], predictions: Sequenc
     with atomic_write(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["id", "prediction", "dummy_field"])
-        writer.writerows([q.id, text, 0] for q, text in zip(queries, predictions, strict=True))
+        texts = [_LONE_RETURN.sub("\n", text) for text in predictions]  # csv would leave it unquoted
+        writer.writerows([q.id, text, 0] for q, text in zip(queries, texts, strict=True))
 
 
 def _try_batch(method: Answerer, queries: Sequence[Query]) -> list[str] | None:

@@ -16,6 +16,9 @@ from pathlib import Path
 from typing import NoReturn
 
 STARTED_S = time.monotonic()
+warnings.filterwarnings(
+    "ignore", message="Could not import matplotlib"
+)  # cma, of plots that nobody asked for
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from transformers.utils import logging as transformers_logging

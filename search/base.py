@@ -148,7 +148,7 @@ def choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
         return getattr(torch, dtype)  # type: ignore[no-any-return]
     if device.type != "cuda":
         return torch.float32
-    return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
 
 def hash_weights(folder: Path) -> str | None:

@@ -63,8 +63,11 @@ class DraftWriter:
         self._gen = torch.Generator().manual_seed(settings.seed)
         stops = model.generation_config.eos_token_id
         self._stop_ids = frozenset(stops if isinstance(stops, list) else [stops]) | {tokenizer.eos_token_id}
+        n_vocab = model.config.get_text_config().vocab_size
         special = sorted(set(tokenizer.all_special_ids) - self._stop_ids)
-        self._banned_ids = (*special, *range(len(tokenizer), model.config.get_text_config().vocab_size))
+        self._banned_ids = tuple(
+            sorted({i for i in special if i < n_vocab} | set(range(len(tokenizer), n_vocab)))
+        )
 
     def write(self, drafts: Sequence[Draft]) -> None:
         """Write each draft in place, up to its first problem."""
@@ -125,7 +128,9 @@ class DraftWriter:
         """As a user's query is; the start token where that is nothing at all."""
         tokenizer = self._tokenizer
         start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
-        return list(tokenizer(text)["input_ids"]) or [start]
+        ids = list(tokenizer(text)["input_ids"])
+        ends = bool(ids) and ids[-1] == tokenizer.eos_token_id and not text.endswith(tokenizer.eos_token)
+        return (ids[:-1] if ends else ids) or [start]
 
     def _text_after(self, prefix: list[int], tokens: list[int]) -> str:
         """Decode with the token before, since decoders trim the space that a text begins with."""

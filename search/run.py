@@ -174,7 +174,7 @@ class _Run:
         uniform = steering.references[1].coefficients
         merge_s = rehearse_merge(self._parts, uniform, self._config.base.name, output)
         finalists_s = CAUTION * estimate_finalists_s(steering, self._config.search.n_finalists)
-        self._box.reserve("merge", CAUTION * (merge_s + steering.unseen_candidate_s))
+        self._box.reserve("merge", CAUTION * (merge_s + steering.searched_candidate_s))
         self._box.reserve("finalists", finalists_s)
         return finalists_s
 

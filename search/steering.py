@@ -48,6 +48,8 @@ class Steering:
     """Base, uniform merge and every single expert."""
     reference_scores: Scores
     """Of base and uniform merge, on the searched prompts."""
+    searched_candidate_s: float
+    """Seconds that one candidate takes on the searched prompts."""
     unseen_candidate_s: float
     """Seconds that one candidate takes on the unseen prompts."""
 
@@ -142,7 +144,9 @@ def prepare_steering(
     references = make_references(parts.shape[0], parts.names)
     scores, searched_candidate_s = _score_references(searched, references[:2], trace)
     unseen_candidate_s = searched_candidate_s * prompts.unseen.n_tokens / prompts.searched.n_tokens
-    return Steering(space, searched, unseen, weak, references, scores, unseen_candidate_s)
+    return Steering(
+        space, searched, unseen, weak, references, scores, searched_candidate_s, unseen_candidate_s
+    )
 
 
 def confine_weak(groups: Groups, is_weak: NDArray[np.bool_]) -> Space:

@@ -17,7 +17,7 @@ ENDINGS: dict[EndedBy, str] = {
 }
 BOUND = (
     "on how many of the expert's unseen prompts the merge gives its top answer at every scored position; "
-    "on such inputs the two accuracies differ by at most one minus that share"
+    "on inputs like those from a skeleton the two accuracies differ by at most one minus that share"
 )
 
 

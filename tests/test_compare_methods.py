@@ -44,5 +44,5 @@ def test_right_answers_are_the_experts_own_level_and_a_lost_task_is_the_worst(tm
 
 
 def test_a_job_that_fails_is_told_with_what_it_printed(tmp_path):
-    with pytest.raises(RuntimeError, match=r"exited with 2.*none\.yaml"):
+    with pytest.raises(RuntimeError, match=r"(?s)exited with 2.*error: .*none\.yaml"):
         run_job("uniform_average", 0, tmp_path / "none.yaml", tmp_path / "output")

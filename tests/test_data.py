@@ -132,3 +132,8 @@ def test_the_competition_file_is_read_whole():
     assert sum(q.eval_type == MULTIPLE_CHOICE for q in queries) == 457
     assert max(len(q.input) for q in queries) == 3359
     assert all(len(q.answer_choices) >= 2 for q in queries if q.eval_type == MULTIPLE_CHOICE)
+
+
+def test_half_of_a_surrogate_pair_is_no_choice():
+    with pytest.raises(ValueError, match="broken escape"):
+        parse_choices("['\\ud800', 'b']")

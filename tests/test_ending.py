@@ -36,7 +36,7 @@ def steering():
     searched, unseen = SumEvaluator(), SumEvaluator()
     references = make_references(1, ("maths", "code"))
     known = Scores(np.array([1.0, 0.9]), np.ones((2, 2)), 0, None)
-    return Steering(SPACE, searched, unseen, (), references, known, unseen_candidate_s=2.0)
+    return Steering(SPACE, searched, unseen, (), references, known, 1.0, unseen_candidate_s=2.0)
 
 
 def outcome(*archive, mean=(9.0, 9.0)):

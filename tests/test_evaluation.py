@@ -176,3 +176,10 @@ def test_a_full_disk_leaves_the_old_file_and_one_clear_line(tmp_path, monkeypatc
         write_predictions(path, [Query("1", "x", GENERATION)], ["y"])
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_lone_carriage_return_does_not_split_a_row(tmp_path):
+    queries = [Query("1", "a", "generation", ()), Query("2", "b", "generation", ())]
+    write_predictions(tmp_path / "out.csv", queries, ["x\ry", "p\r\nq"])
+    with (tmp_path / "out.csv").open(encoding="utf-8", newline="") as file:
+        assert [row["prediction"] for row in csv.DictReader(file)] == ["x\ny", "p\r\nq"]

@@ -40,7 +40,8 @@ def test_the_whole_report():
         "code        0.500  1 of 3",
         "loss left: disagreement with the expert over the base's (0 is the expert itself, 1 the base)",
         "same answer: on how many of the expert's unseen prompts the merge gives its top answer at every "
-        "scored position; on such inputs the two accuracies differ by at most one minus that share",
+        "scored position; on inputs like those from a skeleton the two accuracies differ by at most one "
+        "minus that share",
     ]
 
 

@@ -170,7 +170,8 @@ def _pad_right(rows: Sequence[Sequence[int]], pad: int, device: torch.device) ->
 
 
 def _pad_id(tokenizer: Any) -> int:
-    return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    """Return the id that pads: EOS, which every model knows; a padding token may lie beyond a vocabulary."""
+    return int(tokenizer.eos_token_id)
 
 
 def _device(model: nn.Module) -> torch.device:
