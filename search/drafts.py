@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from search.population import population
-from search.sampling import Decoding, Ended, is_loop, sample_rows
+from search.sampling import Decoding, Ended, encode_input, is_loop, sample_rows
 from search.skeleton import Skeleton, cut_slot
 from search.space import Groups
 from search.stack import StackedFactors
@@ -79,7 +79,7 @@ class DraftWriter:
 
     def _fill(self, drafts: list[Draft], slot: int) -> None:
         """Let the base write one slot of each draft, until the literal after it comes up."""
-        prefixes = [self._tokenise(draft.text) for draft in drafts]
+        prefixes = [encode_input(self._tokenizer, draft.text) for draft in drafts]
         following = [draft.skeleton.literals[slot + 1] for draft in drafts]
 
         def reached(row: int, tokens: list[int]) -> bool:
@@ -97,7 +97,7 @@ class DraftWriter:
         """Let each draft's expert go on after its text, to its end."""
         experts = torch.zeros(len(drafts), len(self._groups.names), self._stacked.n_adapters)
         for row, draft in enumerate(drafts):
-            draft.prompt = self._tokenise(draft.text)
+            draft.prompt = encode_input(self._tokenizer, draft.text)
             experts[row, :, draft.adapter] = 1
         decoding = self._decoding(self._settings.max_new_tokens, temperature)
         answers = self._sample([draft.prompt for draft in drafts], experts, decoding, lambda *_: False)
@@ -123,14 +123,6 @@ class DraftWriter:
             return population(self._model, self._stacked, table[rows], self._groups)
 
         return sample_rows(self._model, prefixes, under, decoding, self._gen, ended=ended)
-
-    def _tokenise(self, text: str) -> list[int]:
-        """As a user's query is; the start token where that is nothing at all."""
-        tokenizer = self._tokenizer
-        start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
-        ids = list(tokenizer(text)["input_ids"])
-        ends = bool(ids) and ids[-1] == tokenizer.eos_token_id and not text.endswith(tokenizer.eos_token)
-        return (ids[:-1] if ends else ids) or [start]
 
     def _text_after(self, prefix: list[int], tokens: list[int]) -> str:
         """Decode with the token before, since decoders trim the space that a text begins with."""

@@ -40,6 +40,15 @@ Under = Callable[[list[int]], AbstractContextManager[object]]
 """rows -> a context in which the model computes exactly those rows, each as it should."""
 
 
+def encode_input(tokenizer: Any, text: str) -> list[int]:
+    """Token ids of an input: with BOS where the tokenizer adds one, never with EOS, never empty."""
+    ids = list(tokenizer(text)["input_ids"])
+    if ids and ids[-1] == tokenizer.eos_token_id and not text.endswith(tokenizer.eos_token):
+        ids = ids[:-1]
+    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    return ids or [start]
+
+
 @torch.inference_mode()
 def sample_rows(
     model: nn.Module,

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from search.sampling import encode_input
+
 TIE_NATS = 1e-5
 """Scores this close are equal: the lowest index wins, whatever a batch does to the last bits."""
 
@@ -53,15 +55,6 @@ def generate(
     stop_ids = end_ids(transformer, input_tokenizer)
     written = write_greedily(transformer, prompts, max_gen_len, stop_ids, pad=_pad_id(input_tokenizer))
     return written, [target_tokenizer.decode(ids, skip_special_tokens=True) for ids in written]
-
-
-def encode_input(tokenizer: Any, text: str) -> list[int]:
-    """Token ids of an input: with BOS where the tokenizer adds one, never with EOS, never empty."""
-    ids = list(tokenizer(text)["input_ids"])
-    if ids and ids[-1] == tokenizer.eos_token_id and not text.endswith(tokenizer.eos_token):
-        ids = ids[:-1]
-    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    return ids or [start]
 
 
 def encode_choice(tokenizer: Any, text: str) -> list[int]:
