@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from search.groups import Groups
 from search.population import population
 from search.sampling import Decoding, Ended, encode_input, is_loop, sample_rows
 from search.skeleton import Skeleton, cut_slot
-from search.space import Groups
 from search.stack import StackedFactors
 
 

@@ -15,11 +15,12 @@ from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
 from search.experts import ExpertSignals, TokenBudget, default_token_budget, scored_logp
+from search.groups import Groups
 from search.loop import Scores
 from search.objective import combine_experts, disagreement, normalise, per_expert_means
 from search.population import population
 from search.prompts import PromptSet
-from search.space import Groups, Space
+from search.space import Space
 from search.stack import StackedFactors, delta_weight
 
 _LogpOf = Callable[[list[int], list[int]], Tensor]  # (candidates, prompts), row by row -> (n_scored, n_vocab)

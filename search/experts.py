@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.func import functional_call
 
+from search.groups import Groups
 from search.objective import disagreement, per_expert_means
 from search.population import population
 from search.prompts import PromptSet
-from search.space import Groups
 from search.stack import StackedFactors, at_least_float32
 
 

@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from search.adapters import CONFIG_FILE, WEIGHTS_FILE, Adapter, Factors
 from search.errors import InputError
 from search.files import atomic_write
-from search.space import Groups
+from search.groups import Groups
 from search.stack import StackedModule, at_least_float32, stack_module
 
 COEFFICIENTS_SCHEMA = 1

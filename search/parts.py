@@ -11,7 +11,7 @@ import torch
 
 from search.adapters import Adapter, check_adapter
 from search.base import LoadedBase
-from search.space import Groups, group_modules
+from search.groups import Groups, group_modules
 from search.stack import StackedFactors, stack_adapters
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from search.space import Groups
+from search.groups import Groups
 from search.stack import StackedFactors, StackedModule, at_least_float32, mix_hidden
 
 Hook = Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor | None]

@@ -20,8 +20,8 @@ from torch import nn
 
 from search.drafts import Draft, DraftSettings, DraftWriter
 from search.errors import InputError
+from search.groups import Groups
 from search.skeleton import Skeleton, normal_form, parse_skeleton
-from search.space import Groups
 from search.stack import StackedFactors
 
 _ROUNDS = 6

@@ -16,6 +16,7 @@ from search.delivery import ADAPTER_FOLDER, TRACE_FILE, deliver_merge, rehearse_
 from search.ending import estimate_finalists_s, judge_on_searched, judge_on_unseen
 from search.evaluate import PopulationEvaluator, Scoring
 from search.finalists import Judgement
+from search.groups import Groups
 from search.loop import CAUTION, EndedBy, Limits, Progress, SearchOutcome, search_loop
 from search.merge import MergedAdapter, refuse_strangers
 from search.optimizer import BatchOptimizer
@@ -23,7 +24,7 @@ from search.parts import Parts, assemble_parts, identify_parts
 from search.progress import ProgressLine
 from search.prompts import PromptRequest
 from search.provenance import checkout_commit, library_versions
-from search.space import FloatArray, Groups
+from search.space import FloatArray
 from search.steering import Steering, WrittenPrompts, prepare_prompts, prepare_steering
 from search.summary import RunFacts, write_summary
 from search.timebox import TimeBox

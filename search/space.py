@@ -3,24 +3,14 @@
 Pure numpy: knows groups of modules, adapters and boxes; not models, losses or optimisers.
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from search.groups import Groups
+
 FloatArray = NDArray[np.float64]
-
-
-@dataclass(frozen=True, slots=True)
-class Groups:
-    """Which row of the coefficients each module obeys."""
-
-    names: tuple[str, ...]
-    """(n_groups,) e.g. ("model",), or ("layer.0", "layer.1", "other")."""
-    group_of: dict[str, int]
-    """Module name -> index into `names`."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -77,31 +67,6 @@ class Space:
     def constant(self, value: float) -> FloatArray:
         """Return the genome (n_params,) that gives every adapter the same coefficient in every group."""
         return np.full(self.n_params, value, dtype=np.float64)
-
-
-def group_modules(module_names: Iterable[str], kind: Literal["model", "layer"]) -> Groups:
-    """Group modules as one ("model") or by decoder layer ("layer"), ordered by depth.
-
-    The layer is the first integer in a module's path: "model.layers.3.mlp.up_proj" and
-    "transformer.h.3.attn.c_attn" are both "layer.3". Modules without one form a last group, "other".
-    Only groups that hold modules exist.
-    """
-    modules = sorted(set(module_names))
-    if not modules:
-        raise ValueError("no modules to group: the adapters touch nothing")
-    if kind == "model":
-        return Groups(("model",), dict.fromkeys(modules, 0))
-    if kind != "layer":
-        raise ValueError(f"unknown kind of grouping {kind!r}; known: 'model', 'layer'")
-    layer_of = {module: _layer_index(module) for module in modules}
-    depths = sorted(set(layer_of.values()), key=lambda layer: (layer is None, layer or 0))
-    names = tuple("other" if layer is None else f"layer.{layer}" for layer in depths)
-    return Groups(names, {module: depths.index(layer) for module, layer in layer_of.items()})
-
-
-def _layer_index(module_name: str) -> int | None:
-    """First path component that is an integer, or None."""
-    return next((int(part) for part in module_name.split(".") if part.isdecimal()), None)
 
 
 def make_space(

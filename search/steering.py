@@ -15,10 +15,11 @@ from numpy.typing import NDArray
 from search.evaluate import PopulationEvaluator, Scoring
 from search.experts import expert_signals
 from search.finalists import Finalist, make_references, stack_coefficients
+from search.groups import Groups
 from search.loop import Scores
 from search.parts import Parts
 from search.prompts import PromptRequest, PromptSet, write_prompts
-from search.space import FloatArray, Groups, Space, make_space
+from search.space import FloatArray, Space, make_space
 from search.trace import TraceWriter
 
 WEAK_RANGE = 0.5, 1.5

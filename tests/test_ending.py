@@ -7,8 +7,9 @@ import pytest
 
 from search.ending import estimate_finalists_s, judge_on_searched, judge_on_unseen
 from search.finalists import make_references
+from search.groups import Groups
 from search.loop import Scores, SearchOutcome
-from search.space import Groups, make_space
+from search.space import make_space
 from search.steering import Steering
 from search.trace import Trace, TraceWriter
 

@@ -9,9 +9,9 @@ from torch import nn
 
 from search.adapters import Adapter
 from search.experts import TokenBudget, expert_signals, scored_logp
+from search.groups import Groups, group_modules
 from search.population import population
 from search.prompts import PromptSet
-from search.space import Groups, group_modules
 from search.stack import StackedFactors, stack_adapters
 from tests.toys import make_model, random_ids
 

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from search.finalists import judge_finalists, make_candidates, make_references, stack_coefficients
-from search.space import Groups, make_space
+from search.groups import Groups
+from search.space import make_space
 
 GROUPS = Groups(("a", "b"), {"x": 0, "y": 1})
 NAMES = ("maths", "code")

@@ -10,8 +10,9 @@ import pytest
 ROOT = Path(__file__).parents[1]
 LAYERS = (
     {"errors"},
-    {"files", "objective", "provenance", "sampling", "skeleton", "space", "timebox", "trace", "yaml_input"},
-    {"adapters", "base", "config", "loop", "optimizer"},
+    {"files", "groups", "objective", "provenance", "sampling", "skeleton", "timebox", "trace", "yaml_input"},
+    {"adapters", "base", "config", "space"},
+    {"loop", "optimizer"},
     {"finalists", "progress", "stack"},
     {"merge", "parts", "population", "summary"},
     {"delivery", "drafts"},
@@ -25,7 +26,18 @@ LAYERS = (
 )
 """A file of search/ imports only from layers above its own here."""
 TORCH_FREE = {
-    *("config", "errors", "files", "finalists", "loop", "optimizer", "progress", "provenance", "skeleton"),
+    *(
+        "config",
+        "errors",
+        "files",
+        "finalists",
+        "groups",
+        "loop",
+        "optimizer",
+        "progress",
+        "provenance",
+        "skeleton",
+    ),
     *("space", "summary", "timebox", "trace", "yaml_input"),
 }
 ONLY_IN = {

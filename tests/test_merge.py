@@ -19,6 +19,7 @@ import search.merge
 from search.adapters import Adapter, Factors, check_adapter, load_adapter
 from search.errors import InputError
 from search.files import write_json
+from search.groups import Groups, group_modules
 from search.merge import (
     MergedAdapter,
     MergeRecord,
@@ -28,7 +29,6 @@ from search.merge import (
     write_adapter,
 )
 from search.population import population
-from search.space import Groups, group_modules
 from search.stack import stack_adapters
 from tests.toys import (
     BASE_NAME,

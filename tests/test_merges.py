@@ -16,8 +16,8 @@ from llm_merging.merging import METHODS, Merges, MyMerge, UniformAverage
 from search.adapters import load_adapter
 from search.config import load_config
 from search.errors import InputError
+from search.groups import group_modules
 from search.merge import merge_adapters
-from search.space import group_modules
 from tests.test_base import make_toy_model, save_toy_base
 from tests.toys import MIXED, save_adapter
 

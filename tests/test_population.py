@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from search.adapters import Adapter, load_adapter
+from search.groups import Groups, group_modules
 from search.population import population
-from search.space import Groups, group_modules
 from search.stack import StackedFactors, stack_adapters
 from tests.toys import (
     Recipe,

@@ -14,9 +14,9 @@ from transformers import GenerationConfig, LlamaConfig, PreTrainedTokenizerFast
 
 from search.adapters import Factors
 from search.errors import InputError
+from search.groups import group_modules
 from search.prompts import PromptRequest, PromptSet, write_prompts
 from search.sampling import is_loop
-from search.space import group_modules
 from search.stack import StackedFactors, stack_module
 
 SPECIAL = ["<pad>", "<s>", "</s>"]

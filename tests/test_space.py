@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from search.space import group_modules, make_space
+from search.groups import group_modules
+from search.space import make_space
 
 LLAMA = [f"model.layers.{i}.self_attn.{p}_proj" for i in (10, 0, 2) for p in "qv"]
 

@@ -8,8 +8,8 @@ import numpy as np
 from llm_merging.merging.Merges import Merges
 from search.adapters import check_adapter
 from search.files import write_json
+from search.groups import group_modules
 from search.merge import MergeRecord, coefficients_document, fold_adapters, merge_adapters, write_adapter
-from search.space import group_modules
 
 
 class UniformAverage(Merges):
