@@ -3,12 +3,16 @@
 Knows vectors, losses, seconds and the trace; not models, prompts, coefficients or nevergrad. No torch.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import numpy as np
 
+from search.archive import Archive
+from search.errors import InputError
+from search.interruption import Interrupted
+from search.racing import Evaluator, Race, order_blocks, plan_race
 from search.space import FloatArray
 from search.timebox import TimeBox
 from search.trace import Generation, TraceWriter
@@ -19,6 +23,10 @@ CAUTION = 1.2
 
 class Optimizer(Protocol):
     """Proposes genomes and learns from their losses, one generation at a time."""
+
+    def inject(self, genomes: FloatArray) -> None:
+        """Have the next `ask` return these (k, n_params) among its own."""
+        ...
 
     def ask(self) -> FloatArray:
         """Return genomes (n_candidates, n_params)."""
@@ -35,7 +43,7 @@ class Optimizer(Protocol):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Scores:
-    """What scoring a batch of genomes gave; every candidate on the same prompts."""
+    """What scoring a batch of candidates on all prompts gave."""
 
     losses: FloatArray
     """(n_candidates,) smaller is better; not finite where a candidate could not be scored."""
@@ -45,26 +53,20 @@ class Scores:
     """Tokens of all forward passes."""
     peak_bytes: int | None
     """Most memory in use, where the device tells."""
-    n_prompts: int | None = None
-    """Prompts each candidate was scored on, where known."""
 
 
-class Evaluator(Protocol):
-    """Scores genomes."""
-
-    def evaluate(self, genomes: FloatArray) -> Scores:
-        """Score genomes (n_candidates, n_params)."""
-        ...
-
-
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """Where a search ends, beside the clock."""
+    """Where a search ends, beside the clock, and how a generation is raced."""
 
     max_evaluations: int
     """Never exceeded, but for a first generation that is larger."""
     n_finalists: int
     """Size of the archive."""
+    race_keep: float | None = None
+    """Share of candidates that goes on to 1 / race_keep times the prompts; None scores all on all."""
+    seed: int = 0
+    """Of the order of blocks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +82,16 @@ class Progress:
 EndedBy = Literal["evaluations", "clock", "interrupt"]
 
 
+@dataclass(frozen=True, slots=True)
+class Past:
+    """What an earlier run of the same search recorded."""
+
+    generations: Sequence[Generation] = ()
+    """To be replayed: asked for again, compared, and told, without scoring."""
+    ended_by: EndedBy | None = None
+    """What ended it, if it was over."""
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class SearchOutcome:
     """What the search found, and why it stopped."""
@@ -88,6 +100,8 @@ class SearchOutcome:
     """(k, n_params) the best distinct genomes, best first; k = 0 when no generation was finished."""
     archive_losses: FloatArray
     """(k,)."""
+    archive_per_expert: FloatArray
+    """(k, n_experts)."""
     mean_genome: FloatArray
     """(n_params,) where the optimiser is centred."""
     evaluations: int
@@ -95,117 +109,137 @@ class SearchOutcome:
     generations: int
 
 
-class Archive:
-    """The best distinct genomes so far; genomes without a finite loss are left out."""
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class SearchTools:
+    """What a search works with."""
 
-    def __init__(self, size: int) -> None:
-        self._size = size
-        self._loss_of: dict[tuple[float, ...], float] = {}
-
-    def add(self, genomes: FloatArray, losses: FloatArray) -> None:
-        """Take a generation: equal genomes keep their lower loss, equal losses their order of arrival."""
-        for genome, loss in zip(genomes.tolist(), losses.tolist(), strict=True):
-            if np.isfinite(loss):
-                key = tuple(genome)
-                self._loss_of[key] = min(loss, self._loss_of.get(key, loss))
-        best = sorted(self._loss_of.items(), key=lambda item: item[1])[: self._size]
-        self._loss_of = dict(best)
-
-    def best_loss(self) -> float:
-        """Return the lowest loss, NaN when there is none."""
-        return min(self._loss_of.values(), default=float("nan"))
-
-    def contents(self, n_params: int) -> tuple[FloatArray, FloatArray]:
-        """Return genomes (k, n_params) and losses (k,), best first."""
-        genomes = np.array(list(self._loss_of), dtype=np.float64).reshape(-1, n_params)
-        return genomes, np.array(list(self._loss_of.values()), dtype=np.float64)
+    optimizer: Optimizer
+    evaluator: Evaluator
+    trace: TraceWriter
+    timebox: TimeBox
+    propose: Callable[[FloatArray], FloatArray] = lambda mean: np.empty((0, len(mean)))
+    """From the mean genome (n_params,) to genomes (k, n_params) to inject into the next generation."""
+    on_generation: Callable[[Progress], None] = lambda progress: None
+    interrupted: Callable[[], bool] = lambda: False
 
 
 @dataclass(slots=True)
 class SearchState:
-    """What a running search has done; replaying recorded generations would rebuild it."""
+    """What a running search has done; replaying recorded generations rebuilds it."""
 
     archive: Archive
+    stage: int
+    first_generation: int
     generations: int = 0
     evaluations: int = 0
     batch: int = 0
     """Candidates of the last generation."""
     longest_s: float = 0.0
     """Longest generation so far, from ask to tell."""
+    n_experts: int = 0
+
+    def take(self, generation: Generation) -> None:
+        """Learn from a finished generation."""
+        full = generation.rungs[-1]["candidates"]
+        self.archive.add(generation.genomes[full], generation.losses[full], generation.per_expert[full])
+        self.batch = len(generation.genomes)
+        self.generations, self.evaluations = self.generations + 1, self.evaluations + self.batch
+        self.longest_s = max(self.longest_s, generation.seconds)
+        self.n_experts = generation.per_expert.shape[1]
 
 
-def search_loop(  # noqa: PLR0913 (two parts, two limits, two callbacks and the record: no group of them has a name)
-    optimizer: Optimizer,
-    evaluator: Evaluator,
-    *,
-    trace: TraceWriter,
-    timebox: TimeBox,
-    limits: Limits,
-    on_generation: Callable[[Progress], None] | None = None,
-    interrupted: Callable[[], bool] = lambda: False,
+@dataclass(frozen=True, slots=True)
+class Before:
+    """What came before this search in the same trace: earlier stages."""
+
+    stage: int = 0
+    """Index of this stage."""
+    generations: int = 0
+    evaluations: int = 0
+
+
+def search_loop(
+    tools: SearchTools, limits: Limits, *, before: Before = Before(), past: Past = Past()
 ) -> SearchOutcome:
     """Search until the evaluations are spent, another generation would not fit, or somebody interrupts.
 
-    The first generation always runs, whatever the limits. A KeyboardInterrupt, or `interrupted()` between
-    generations, ends the search with what it has; a generation under way is dropped.
+    The first generation always runs, whatever the limits. `Interrupted` from the evaluator, or `interrupted()`
+    between generations, ends the search with what it has; a generation under way is then dropped.
 
     Raises:
-        ValueError: from the optimiser, when no candidate of a generation has a finite loss.
+        InputError: when no candidate has a finite loss, or `past` is not this optimiser's.
     """
-    state = SearchState(Archive(limits.n_finalists))
-    ended_by: EndedBy | None = None
+    state = SearchState(Archive(limits.n_finalists), before.stage, before.generations)
+    for generation in past.generations:
+        _replay_generation(state, generation, tools)
+    ended_by = past.ended_by
     while ended_by is None:
         try:
-            ended_by = _reason_to_end(state, timebox, limits, interrupted)
+            ended_by = _reason_to_end(state, tools, limits)
             if ended_by is None:
-                _run_generation(state, optimizer, evaluator, trace, timebox)
-                if on_generation:
-                    best = state.archive.best_loss()
-                    on_generation(Progress(state.generations, state.evaluations, best, timebox.left_s()))
-        except KeyboardInterrupt:
+                _run_generation(state, tools, limits, before)
+        except Interrupted:
             ended_by = "interrupt"
-    mean_genome = optimizer.mean()
-    genomes, losses = state.archive.contents(len(mean_genome))
-    return SearchOutcome(genomes, losses, mean_genome, state.evaluations, ended_by, state.generations)
+    mean = tools.optimizer.mean()
+    contents = state.archive.contents(len(mean), state.n_experts)
+    return SearchOutcome(*contents, mean, state.evaluations, ended_by, state.generations)
 
 
-def _reason_to_end(
-    state: SearchState, timebox: TimeBox, limits: Limits, interrupted: Callable[[], bool]
-) -> EndedBy | None:
+def _reason_to_end(state: SearchState, tools: SearchTools, limits: Limits) -> EndedBy | None:
     """Say why no further generation may start, None if it may."""
-    if interrupted():
+    if tools.interrupted():
         return "interrupt"
     if state.generations == 0:
         return None
     if state.evaluations + state.batch > limits.max_evaluations:
         return "evaluations"
-    return None if timebox.fits(CAUTION * state.longest_s) else "clock"
+    return None if tools.timebox.fits(CAUTION * state.longest_s) else "clock"
 
 
-def _run_generation(
-    state: SearchState, optimizer: Optimizer, evaluator: Evaluator, trace: TraceWriter, timebox: TimeBox
-) -> None:
-    """Ask, evaluate, record, tell. Recorded first, so that a failure to tell can be replayed."""
-    started_s = timebox.elapsed_s()
-    genomes = optimizer.ask()
-    scores = evaluator.evaluate(genomes)
-    scored_s = timebox.elapsed_s()
-    evaluations = state.evaluations + len(genomes)
-    trace.generation(
-        Generation(
-            index=state.generations,
-            genomes=genomes,
-            losses=scores.losses,
-            per_expert=scores.per_expert,
-            evaluations=evaluations,
-            n_tokens=scores.n_tokens,
-            elapsed_s=scored_s,
-            seconds=scored_s - started_s,
-            peak_bytes=scores.peak_bytes,
-            rungs=[{"prompts": scores.n_prompts, "candidates": list(range(len(genomes)))}],
+def _replay_generation(state: SearchState, recorded: Generation, tools: SearchTools) -> None:
+    """Bring the optimiser to where it stood: telling it what it has not asked for would not."""
+    if len(recorded.injected):
+        tools.optimizer.inject(recorded.injected)
+    asked = tools.optimizer.ask()
+    if not np.array_equal(asked, recorded.genomes):
+        raise InputError(
+            f"generation {recorded.index} of the trace cannot be repeated: the optimiser asks for other "
+            "genomes here. Resume on the machine and with the libraries that wrote it, or choose another --out."
         )
+    tools.optimizer.tell(recorded.losses)
+    state.take(recorded)
+
+
+def _run_generation(state: SearchState, tools: SearchTools, limits: Limits, before: Before) -> None:
+    """Ask, evaluate, record, tell. Recorded first, so that a failure to tell can be replayed."""
+    started_s = tools.timebox.elapsed_s()
+    injected = tools.propose(tools.optimizer.mean()) if state.generations else np.empty((0, 0))
+    if len(injected):
+        tools.optimizer.inject(injected)
+    genomes = tools.optimizer.ask()
+    index = state.first_generation + state.generations
+    race = Race(genomes, tools.evaluator)
+    rungs = plan_race(len(genomes), tools.evaluator.n_blocks, limits.race_keep)
+    race.run(rungs, order_blocks(tools.evaluator.n_blocks, limits.seed, index))
+    scored_s = tools.timebox.elapsed_s()
+    generation = Generation(
+        index=index,
+        stage=state.stage,
+        genomes=genomes,
+        injected=injected,
+        losses=race.losses(),
+        per_expert=race.per_expert,
+        evaluations=before.evaluations + state.evaluations + len(genomes),
+        n_tokens=race.n_tokens,
+        elapsed_s=scored_s,
+        seconds=scored_s - started_s,
+        peak_bytes=race.peak_bytes,
+        rungs=race.rungs,
+        prompt_spread=race.prompt_spread(),
     )
-    state.archive.add(genomes, scores.losses)
-    state.generations, state.evaluations, state.batch = state.generations + 1, evaluations, len(genomes)
-    optimizer.tell(scores.losses)
-    state.longest_s = max(state.longest_s, timebox.elapsed_s() - started_s)
+    tools.trace.generation(generation)
+    state.take(generation)
+    tools.optimizer.tell(generation.losses)
+    state.longest_s = max(state.longest_s, tools.timebox.elapsed_s() - started_s)
+    evaluations, best = generation.evaluations, state.archive.best_loss()
+    tools.on_generation(Progress(index + 1, evaluations, best, tools.timebox.left_s()))
