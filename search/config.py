@@ -14,7 +14,6 @@ from typing import Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
-    ConfigDict,
     Field,
     ValidationError,
     ValidationInfo,
@@ -23,35 +22,18 @@ from pydantic import (
 )
 
 from search.errors import InputError
+from search.locate import locate_source, search_roots
+from search.settings import (
+    ConfigSection,
+    GradientSettings,
+    ObjectiveSettings,
+    PromptSettings,
+    SearchSettings,
+    SpaceSettings,
+    StageSettings,
+)
 from search.skeleton import parse_skeleton
 from search.yaml_input import read_mapping
-
-ObjectiveName = Literal[
-    "entropy_excess",
-    "entropy_gap",
-    "relative_entropy_gap",
-    "forward_kl",
-    "reverse_kl",
-    "top1_disagreement",
-    "entropy_minimisation",
-    "nll",
-]
-CombinationName = Literal["mean", "mean_sqrt", "worst"]
-Count = Annotated[int, Field(ge=1)]
-Positive = Annotated[float, Field(gt=0)]
-
-
-class ConfigSection(BaseModel):
-    """A group of settings: frozen, unknown keys refused, numbers finite."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _refuse_truth_as_number(cls, value: Any, info: ValidationInfo) -> Any:
-        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
-            raise ValueError(f"found {str(value).lower()}, which is neither a number nor text (quote it)")
-        return value
 
 
 class SourcedSection(ConfigSection):
@@ -83,7 +65,7 @@ class SourcedSection(ConfigSection):
     @field_validator("source")
     @classmethod
     def _locate(cls, source: str, info: ValidationInfo) -> str:
-        return locate_source(source, _roots_of(info))
+        return locate_source(source, search_roots(info))
 
 
 class BaseConfig(SourcedSection):
@@ -115,65 +97,6 @@ class AdapterConfig(SourcedSection):
         return skeletons
 
 
-class SearchSettings(ConfigSection):
-    """How long, how wide and how the search looks for coefficients."""
-
-    time_box_s: Positive = 1200.0
-    """Wall-clock ceiling of the whole run, from process start to the merge."""
-    max_evaluations: Count = 2000
-    """Candidates scored at most; reached before the clock, a run is reproducible."""
-    n_candidates: Annotated[int, Field(ge=2)] = 16
-    """Candidates per generation."""
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
-    optimizer: str = "CMA"
-    """"CMA", or any name in nevergrad's registry."""
-    space: Literal["layer", "model"] = "layer"
-    """A coefficient per adapter and decoder layer, or one per adapter."""
-    start: float = 0.3
-    """Every coefficient's first value."""
-    sigma: Positive = 0.15
-    """Spread of the first generation, in coefficients."""
-    n_finalists: Count = 8
-    """Best candidates scored again on prompts that the search has not seen."""
-    tokens_per_forward: Count | None = None
-    """Tokens in one forward pass; chosen by device when not given."""
-
-    @model_validator(mode="after")
-    def _check_one_generation_fits(self) -> "SearchSettings":
-        if self.max_evaluations < self.n_candidates:
-            raise ValueError(
-                f"max_evaluations is {self.max_evaluations}, less than one generation of n_candidates = "
-                f"{self.n_candidates}; raise the first or lower the second"
-            )
-        return self
-
-
-class PromptSettings(ConfigSection):
-    """How many prompts the experts write, and how."""
-
-    per_adapter: Count = 8
-    """Prompts an adapter that the search scores candidates on."""
-    unseen_per_adapter: Count = 8
-    """Further prompts an adapter, kept for the finalists."""
-    temperature: Positive = 1.0
-    max_new_tokens: Count = 64
-    """Length limit of an answer, or of an expert's own text."""
-    max_slot_tokens: Count = 64
-    """Length limit of what the base writes into one slot."""
-
-
-class ObjectiveSettings(ConfigSection):
-    """What the search minimises; docs/METHOD.md has the formulas."""
-
-    name: ObjectiveName = "entropy_excess"
-    combine: CombinationName = "mean_sqrt"
-    """How the experts' values become one loss."""
-    positions: Literal["auto", "all", "answer"] = "auto"
-    """Tokens that count; "auto" is the answer's where there is a skeleton, else all."""
-    weak_signal_nats: Annotated[float, Field(ge=0)] = 0.5
-    """An adapter that nowhere differs more from the base, on its prompts, stays near the uniform merge."""
-
-
 class SearchConfig(ConfigSection):
     """Everything a run depends on; only `base` and `adapters` have no default."""
 
@@ -188,7 +111,7 @@ class SearchConfig(ConfigSection):
     @classmethod
     def _expand_folder(cls, value: Any, info: ValidationInfo) -> Any:
         if isinstance(value, str):
-            return _adapter_folders(value, _roots_of(info))
+            return _adapter_folders(value, search_roots(info))
         if not isinstance(value, list | tuple) or not value:
             raise ValueError("expected a folder of adapter folders, or a list of at least one adapter")
         return value
@@ -227,30 +150,6 @@ def config_hash(config: SearchConfig) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def locate_source(source: str, roots: Sequence[Path] = (Path(),)) -> str:
-    """Return the first existing folder `root / source`, or the source itself where it can only be a hub id.
-
-    Raises:
-        InputError: when it is neither; a name such as "data/zo" beside a folder "data" is a mistyped path.
-    """
-    written = Path(os.path.expanduser(source))
-    for root in roots:
-        if source.strip() and os.path.isdir(root / written):
-            return str(root / written)
-    is_hub_id = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9_][\w.-]*", source)
-    if is_hub_id and not any(os.path.isdir(root / written.parts[0]) for root in roots):
-        return source
-    looked_in = ", ".join(dict.fromkeys(str(root.absolute()) for root in roots))
-    raise InputError(
-        f"no folder {source!r} in {looked_in}; expected an existing folder or a hub id (org/name)"
-    )
-
-
-def _roots_of(info: ValidationInfo) -> Sequence[Path]:
-    """Folders that relative paths start from; the working directory alone outside `load_config`."""
-    return info.context["roots"] if info.context else (Path(),)
-
-
 def _adapter_folders(source: str, roots: Sequence[Path]) -> list[str]:
     """Expand the short form `adapters: FOLDER` into its visible subfolders that hold an adapter, by name."""
     folder = Path(locate_source(source, roots))
@@ -287,11 +186,15 @@ def _suggest_key(loc: tuple[int | str, ...]) -> str:
         "base": BaseConfig,
         "adapters": AdapterConfig,
         "search": SearchSettings,
+        "space": SpaceSettings,
+        "stages": StageSettings,
+        "gradient": GradientSettings,
         "prompts": PromptSettings,
         "objective": ObjectiveSettings,
     }
     key = str(loc[-1])
-    here = SearchConfig if len(loc) == 1 else sections[str(loc[0])]
+    above = [str(part) for part in loc[:-1] if str(part) in sections]
+    here = sections[above[-1]] if above else SearchConfig
     close = get_close_matches(key, here.model_fields, n=1)
     elsewhere = [f"{name}.{key}" for name, section in sections.items() if key in section.model_fields]
     guess = f"did you mean {(close + elsewhere)[0]!r}? " if close or elsewhere else ""

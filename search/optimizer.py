@@ -41,8 +41,11 @@ stopping rules: nevergrad answers a stop by silently starting over at the first 
 class BatchOptimizer:
     """Asks for a whole generation, is told its losses, minimises.
 
+    It works on (genome - start) / spread, which starts with a standard normal distribution whatever the scale
+    of a coordinate.
+
     Example:
-        optimizer = BatchOptimizer(start, sigma=0.15, n_candidates=16, budget=2000, seed=0)
+        optimizer = BatchOptimizer(start, 0.15, n_candidates=16, budget=2000, seed=0)
         genomes = optimizer.ask()  # (n_candidates, n_params)
         optimizer.tell(losses)     # (n_candidates,), in the same order
 
@@ -50,13 +53,19 @@ class BatchOptimizer:
     """
 
     def __init__(
-        self, start: ArrayLike, sigma: float, n_candidates: int, budget: int, seed: int, name: str = "CMA"
+        self,
+        start: ArrayLike,
+        spread: ArrayLike,
+        n_candidates: int,
+        budget: int,
+        seed: int,
+        name: str = "CMA",
     ) -> None:
         """Start from a point in a free (unbounded) space.
 
         Args:
             start: (n_params,) the first centre.
-            sigma: spread of the first generation in every coordinate.
+            spread: (n_params,) or one number, the first generation's standard deviation in each coordinate.
             n_candidates: size of a generation.
             budget: evaluations in all, as some optimisers pace themselves by it.
             seed: of all randomness.
@@ -65,22 +74,45 @@ class BatchOptimizer:
         Raises:
             InputError: for an unknown name, or an optimiser that cannot work in such generations.
         """
-        centre = np.array(start, dtype=np.float64)
-        if centre.ndim != 1 or not np.isfinite(centre).all() or not centre.size:
-            raise ValueError(f"start of shape {centre.shape}, expected (n_params,) finite numbers")
-        self._n_params = len(centre)
+        self._start = np.array(start, dtype=np.float64)
+        if self._start.ndim != 1 or not np.isfinite(self._start).all() or not self._start.size:
+            raise ValueError(f"start of shape {self._start.shape}, expected (n_params,) finite numbers")
+        self._spread = np.broadcast_to(np.asarray(spread, dtype=np.float64), self._start.shape)
+        if not (self._spread > 0).all() or not np.isfinite(self._spread).all():
+            raise ValueError(f"spread {self._spread.tolist()}, expected finite numbers above 0")
+        self._n_params = len(self._start)
         self._n_candidates = n_candidates
-        if self._n_params == 1:
-            centre = np.append(centre, 0.0)  # an idle coordinate: pycma does not search in one dimension
-        self._parametrization = ng.p.Array(init=centre).set_mutation(sigma=sigma)
+        # with an idle coordinate where there is one alone: pycma does not search in one dimension
+        self._parametrization = ng.p.Array(init=np.zeros(max(2, self._n_params))).set_mutation(sigma=1.0)
         self._parametrization.random_state = np.random.RandomState(seed)
         self._refusal = f"optimizer {name!r} cannot search {self._n_params} parameters by {n_candidates}"
-        factory = _find_factory(name, len(centre), n_candidates)
+        factory = _find_factory(name, max(2, self._n_params), n_candidates)
         try:
             self._optimizer = factory(self._parametrization, budget=budget, num_workers=n_candidates)
         except (ValueError, ImportError) as error:
             raise InputError(f"{self._refusal}: {error}; use CMA") from error
         self._asked: list[Any] = []
+        self._worst = np.nan
+        self._last_spread: FloatArray = self._spread
+
+    def inject(self, genomes: FloatArray) -> None:
+        """Have the next `ask` return these (k, n_params) in place of k of its own.
+
+        Raises:
+            InputError: if the optimiser is not of the CMA family, or k leaves it too few of its own.
+        """
+        strategy: Any = getattr(self._optimizer, "es", None)
+        if not hasattr(strategy, "inject"):
+            raise InputError(
+                f"{self._refusal}: it takes no injected candidates; use CMA or no gradient.inject"
+            )
+        if len(genomes) > self._n_candidates - MIN_POPULATION:
+            raise InputError(
+                f"{self._refusal}: {len(genomes)} injected ones leave fewer than {MIN_POPULATION} of its own"
+            )
+        standardised = np.zeros((len(genomes), max(2, self._n_params)))
+        standardised[:, : self._n_params] = (genomes - self._start) / self._spread
+        strategy.inject(list(standardised), force=True)
 
     def ask(self) -> FloatArray:
         """Return the next genomes (n_candidates, n_params)."""
@@ -90,26 +122,31 @@ class BatchOptimizer:
             self._asked = [self._optimizer.ask() for _ in range(self._n_candidates)]
         except (RuntimeError, ImportError) as error:
             raise InputError(f"{self._refusal}: {str(error).splitlines()[0]}; use CMA") from error
-        return np.array([candidate.value[: self._n_params] for candidate in self._asked], dtype=np.float64)
+        return np.array([self._to_genome(candidate.value) for candidate in self._asked])
 
     def tell(self, losses: ArrayLike) -> None:
         """Take the losses (n_candidates,) of the genomes last asked for, in their order.
 
-        A loss that is not finite is told as the worst finite one of its generation.
+        A loss that is not finite is told as the worst finite one of its generation, else of all so far.
 
         Raises:
-            ValueError: for another number of losses than genomes asked for, or when none is finite.
+            ValueError: for another number of losses than genomes asked for.
+            InputError: when no loss has ever been finite.
         """
         values = np.array(losses, dtype=np.float64)
         if values.shape != (len(self._asked),) or not self._asked:
             raise ValueError(f"told losses of shape {values.shape} for {len(self._asked)} genomes asked for")
         finite = np.isfinite(values)
-        if not finite.any():
-            raise ValueError(
-                f"none of {len(values)} losses is finite, the first are {values[:3].tolist()}: the model "
-                "gives no usable output there. Lower search.start or search.sigma, or use float32."
+        worst = values[finite].max() if finite.any() else self._worst
+        if not np.isfinite(worst):
+            raise InputError(
+                f"none of {len(values)} candidates has a finite loss: the model gives no usable output. "
+                "Lower search.start or search.sigma, or set base.dtype: float32."
             )
-        values[~finite] = values[finite].max()
+        values[~finite] = worst
+        self._worst = np.fmax(self._worst, worst)
+        asked = np.array([self._to_genome(candidate.value) for candidate in self._asked])
+        self._last_spread = np.maximum(asked.std(axis=0), np.finfo(np.float64).tiny)
         candidates, self._asked = self._asked, []
         with warnings.catch_warnings():
             # pycma does not recognise its own injected points after nevergrad's rounding, which does no harm
@@ -119,13 +156,26 @@ class BatchOptimizer:
 
     def mean(self) -> FloatArray:
         """Return the mean (n_params,) of the search distribution, else the recommendation."""
+        strategy = self._find_strategy()
+        if strategy is not None:
+            return self._to_genome(np.array(strategy.mean))
+        return self._to_genome(self._optimizer.provide_recommendation().value)
+
+    def spread(self) -> FloatArray:
+        """Return the standard deviations (n_params,) of the distribution, else of the last generation."""
+        strategy = self._find_strategy()
+        if strategy is not None:
+            return np.array(strategy.stds, dtype=np.float64)[: self._n_params] * self._spread
+        return self._last_spread
+
+    def _find_strategy(self) -> Any:
+        """Return pycma's object, None where there is another optimiser or nothing was asked yet."""
         optimizer = getattr(self._optimizer, "optim", self._optimizer)  # what NGOpt and its like chose
-        strategy: Any = getattr(optimizer, "_es", None)  # not `es`, which may start over
-        if hasattr(strategy, "mean"):
-            candidate = self._parametrization.spawn_child().set_standardized_data(np.array(strategy.mean))
-        else:
-            candidate = self._optimizer.provide_recommendation()
-        return np.array(candidate.value[: self._n_params], dtype=np.float64)
+        strategy = getattr(optimizer, "_es", None)  # not `es`, which may start over
+        return strategy if hasattr(strategy, "stds") else None
+
+    def _to_genome(self, value: FloatArray) -> FloatArray:
+        return self._start + self._spread * value[: self._n_params]
 
 
 def _find_factory(name: str, n_params: int, n_candidates: int) -> Any:

@@ -8,8 +8,8 @@ import json
 import logging
 import math
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Self
 
@@ -46,10 +46,20 @@ class Generation:
     """From ask to losses."""
     peak_bytes: int | None = None
     rungs: list[dict[str, Any]] = field(default_factory=list)
-    """One a block of prompts: {"prompts": how many (or null), "candidates": [indices scored on it]}."""
+    """One a rung: {"prompts": how many by its end, "candidates": [indices in it], "losses": [theirs]}; all
+    candidates in one when none is given."""
+    stage: int = 0
+    """Index of the stage, which says what a genome means."""
+    injected: NDArray[np.float64] = field(default_factory=lambda: np.empty((0, 0)))
+    """(k, n_params) genomes that were put in before asking."""
+    prompt_spread: NDArray[np.float64] = field(default_factory=lambda: np.empty(0))
+    """(n_prompts,) standard deviation over candidates of each prompt's disagreement."""
 
     def __post_init__(self) -> None:
         n = len(self.genomes)
+        if not self.rungs:
+            whole = {"prompts": None, "candidates": list(range(n)), "losses": self.losses}
+            object.__setattr__(self, "rungs", [whole])
         if self.genomes.ndim != 2 or self.losses.shape != (n,) or self.per_expert.shape[:-1] != (n,):
             raise ValueError(
                 f"generation {self.index}: genomes {self.genomes.shape}, losses {self.losses.shape}, "
@@ -57,17 +67,36 @@ class Generation:
             )
 
 
-class TraceWriter:
-    """Writes a new trace, synced to disk a line at a time: a header first, then generations and events."""
+EventKey = tuple[str, int | None]
 
-    def __init__(self, path: Path) -> None:
-        """Open the file, replacing one that is there."""
+
+def event_key(event: Mapping[str, Any]) -> EventKey:
+    """Return what tells events apart: the name, and the index where a name comes more than once."""
+    return event["event"], event.get("index")
+
+
+class TraceWriter:
+    """Writes a trace, synced to disk a line at a time: a header first, then generations and events."""
+
+    def __init__(
+        self, path: Path, *, n_kept_bytes: int = 0, kept_events: Set[EventKey] = frozenset()
+    ) -> None:
+        """Open the file, replacing what is there, or going on after its first bytes.
+
+        Args:
+            path: of the file.
+            n_kept_bytes: how much of it stays: whole lines, a header among them. 0 for a new trace.
+            kept_events: events that stand in it and are not to be written again, by `event_key`.
+        """
         self._path = path
-        self._size = 0
-        self._has_header = False
+        self._size = n_kept_bytes
+        self._has_header = n_kept_bytes > 0
+        self._kept_events = kept_events
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = path.open("wb", buffering=0)
+            self._file = path.open("r+b" if n_kept_bytes else "wb", buffering=0)
+            self._file.truncate(n_kept_bytes)
+            self._file.seek(n_kept_bytes)
         except OSError as error:
             raise self._refusal(error) from error
 
@@ -85,7 +114,8 @@ class TraceWriter:
 
     def event(self, name: str, /, **content: Any) -> None:
         """Write that something happened: a phase began, finalists were scored, memory ran out."""
-        self._write("event", {"event": name}, content)
+        if event_key({"event": name, **content}) not in self._kept_events:
+            self._write("event", {"event": name}, content)
 
     def close(self) -> None:
         """Close the file."""
@@ -134,6 +164,12 @@ class Trace:
     header: dict[str, Any]
     generations: list[Generation]
     events: list[dict[str, Any]]
+    n_bytes: int = 0
+    """Length of the file without a last line that was cut off."""
+
+    def last(self, name: str) -> dict[str, Any] | None:
+        """Return the last event of this name, None where there is none."""
+        return next((event for event in reversed(self.events) if event["event"] == name), None)
 
     @classmethod
     def load(cls, path: Path) -> "Trace":
@@ -142,13 +178,13 @@ class Trace:
         Raises:
             InputError: for a file without header, of a newer schema, or damaged before its last line.
         """
-        lines = _read_lines(path)
+        lines, n_bytes = _read_lines(path)
         if not lines or lines[0].get("kind") != "header":
             raise InputError(
                 f"{path}: no trace: its first line is no header; choose a trace.jsonl of `search run`"
             )
         _check_schema(path, lines[0].get("schema"))
-        trace = cls(header=lines[0], generations=[], events=[])
+        trace = cls(header=lines[0], generations=[], events=[], n_bytes=n_bytes)
         for number, line in enumerate(lines[1:], start=2):
             try:
                 trace._take(line)
@@ -165,24 +201,32 @@ class Trace:
             raise ValueError(f"kind {line['kind']!r} is neither 'generation' nor 'event'")
 
 
-def _read_lines(path: Path) -> list[dict[str, Any]]:
-    """Parse all lines but a torn last one."""
+def _read_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """Parse all lines but a torn last one; return also how many bytes they are."""
     try:
-        raw = path.read_bytes().splitlines()
+        raw = path.read_bytes().split(b"\n")
     except OSError as error:
         raise InputError(f"{path}: cannot read the trace: {error.strerror or error}") from error
     lines = []
+    n_bytes = 0
     for number, text in enumerate(raw, start=1):
+        is_last = number >= len(raw) - 1  # behind its line end comes an empty text
         try:
+            if number == len(raw):
+                if text:
+                    raise ValueError("no line end")
+                break
             line = json.loads(text.decode())
             if not isinstance(line, dict):
                 raise ValueError(f"found a {type(line).__name__}, expected an object")
-            lines.append(line)
         except ValueError as error:
-            if number < len(raw):
+            if not is_last or any(raw[number:]):
                 raise InputError(f"{path}:{number}: damaged line: {error}; {_WAY_OUT}") from error
             logging.getLogger(__name__).warning("%s:%d: the last line was cut off; left out", path, number)
-    return lines
+            break
+        lines.append(line)
+        n_bytes += len(text) + 1
+    return lines, n_bytes
 
 
 def _check_schema(path: Path, schema: object) -> None:
@@ -197,8 +241,11 @@ def _check_schema(path: Path, schema: object) -> None:
 
 def _to_generation(line: dict[str, Any], expected_index: int) -> Generation:
     """Rebuild a generation, null becoming NaN; fields of later versions are ignored."""
-    known = {f.name: line[f.name] for f in fields(Generation)}
-    for name in ("genomes", "losses", "per_expert"):
+    optional = {
+        f.name for f in fields(Generation) if f.default is not MISSING or f.default_factory is not MISSING
+    }
+    known = {f.name: line[f.name] for f in fields(Generation) if f.name in line or f.name not in optional}
+    for name in known.keys() & {"genomes", "losses", "per_expert", "injected", "prompt_spread"}:
         known[name] = np.array(known[name], dtype=np.float64)
     if known["index"] != expected_index:
         raise ValueError(f"generation {known['index']}, expected {expected_index}")
