@@ -1,10 +1,11 @@
 """Score candidates: how far each mixture of adapters is from every expert, on that expert's prompts.
 
-Knows models, prompts, signals and objectives; not who proposes candidates or when to stop.
+Knows models, prompts, signals and objectives; not who proposes candidates, which of them are worth scoring on
+more prompts, or when to stop.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -14,13 +15,22 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
+from search.errors import InputError
 from search.experts import ExpertSignals, TokenBudget, default_token_budget, scored_logp
 from search.groups import Groups
 from search.loop import Scores
-from search.objective import combine_experts, disagreement, normalise, per_expert_means
+from search.objective import (
+    Objective,
+    combine_experts,
+    disagreement,
+    normalise,
+    objective_label,
+    sum_by_index,
+)
 from search.population import population
 from search.prompts import PromptSet
-from search.space import Space
+from search.racing import BlockScores
+from search.space import FloatArray
 from search.stack import StackedFactors, delta_weight
 
 _LogpOf = Callable[[list[int], list[int]], Tensor]  # (candidates, prompts), row by row -> (n_scored, n_vocab)
@@ -30,7 +40,7 @@ _LogpOf = Callable[[list[int], list[int]], Tensor]  # (candidates, prompts), row
 class Scoring:
     """What a loss is."""
 
-    objective: str = "entropy_excess"
+    objective: Objective = "entropy_excess"
     combine: str = "mean_sqrt"
     floor_nats: float = 0.02
     """The least that the base's value, which an expert's is divided by, counts for."""
@@ -38,110 +48,231 @@ class Scoring:
     """Chosen by device when None."""
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class GradientScores:
+    """The loss of one mixture on all prompts, and which way it falls."""
+
+    loss: float
+    gradient: FloatArray
+    """(n_groups, n_adapters) d loss / d coefficients."""
+    per_expert: FloatArray
+    """(n_experts,) what the loss is combined from."""
+    n_tokens: int
+    """Tokens of all forward passes, with a graph or without."""
+
+
 class PopulationEvaluator:
     """Scores candidates, all on the same prompts, so that they differ by their coefficients alone.
 
-    Each expert's mean disagreement is divided by the base's: 0 is the expert itself, 1 no better than the
-    base. Candidates share forward passes through `population`; on a CPU, where a pass costs by the token
-    however many rows it has, each is folded into the weights instead.
+    Each expert's mean disagreement is divided by the base's on all prompts: 0 is the expert itself, 1 no
+    better than the base. Candidates share forward passes through `population`; on a CPU, where a pass costs
+    by the token however many rows it has, each is folded into the weights instead.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 (what is merged, what it is measured by, and a budget that others may share)
         self,
         model: Any,
         stacked: StackedFactors,
-        space: Space,
+        groups: Groups,
         prompts: PromptSet,
         signals: ExpertSignals,
         scoring: Scoring,
+        budget: TokenBudget | None = None,
     ) -> None:
-        """Score the base, at one candidate's cost."""
-        self._model, self._stacked, self._space = model, stacked, space
+        """Score the base, at one candidate's cost.
+
+        Args:
+            budget: what is known to fit into memory; a new one, from `scoring`, when None.
+
+        Raises:
+            ValueError: if an expert has no prompt.
+            InputError: if a user's objective returns what cannot be averaged.
+        """
+        self._model, self._stacked, self._groups = model, stacked, groups
         self._prompts, self._signals, self._scoring = prompts, signals, scoring
-        self._budget = TokenBudget(scoring.tokens_per_forward or default_token_budget(model.device))
-        self._n_scored = [len(scored) for scored in prompts.scored]
+        tokens_per_forward = scoring.tokens_per_forward or default_token_budget(model.device)
+        self._budget = budget or TokenBudget(tokens_per_forward)
+        self._graph_budget = replace(self._budget)  # a graph takes more memory; same list of events
+        n_scored = [len(scored) for scored in prompts.scored]
         positions = torch.arange(len(signals.next_tokens), device=model.device)
-        self._positions_of = torch.split(positions, self._n_scored)  # one tensor a prompt
+        self._positions_of = torch.split(positions, n_scored)  # one tensor a prompt
+        self._n_scored, self._expert = torch.tensor(n_scored).double(), torch.from_numpy(prompts.expert)
+        self._block_of, self.n_blocks = _assign_blocks(prompts)
+        self._counts = sum_by_index(self._n_scored, self._expert, prompts.n_experts)
         self._folds = model.device.type == "cpu" and model.dtype in (torch.float32, torch.float64)
-        base = self._per_expert(scoring.objective, np.zeros((1, *space.shape)))
-        self.base_per_expert: NDArray[np.float64] = base[0].numpy()
+        self.checkpoint: Callable[[], None] = lambda: None
+        """Called before each forward pass and each folding; may raise to abandon the work."""
+        base = self.score_blocks(np.zeros((1, len(groups.names), stacked.n_adapters)), range(self.n_blocks))
+        self.base_per_expert: FloatArray = base.sums[0] / base.counts
         """(n_experts,) the base's disagreement, in the objective's own unit."""
 
     @property
     def oom_events(self) -> list[dict[str, int]]:
-        """When memory ran out, and with how many tokens to a forward pass it went on."""
+        """When memory ran out, and with how many tokens to a forward pass it went on: the budget's list."""
         return self._budget.oom_events
 
-    def evaluate(self, genomes: ArrayLike) -> Scores:
-        """Score genomes (n_candidates, n_params)."""
-        return self.score(self._space.to_coefficients(genomes))
+    def score_blocks(self, coefficients: FloatArray, blocks: ArrayLike) -> BlockScores:
+        """Score coefficients (n_candidates, n_groups, n_adapters) on the prompts of some blocks.
 
-    def score(self, coefficients: NDArray[np.float64]) -> Scores:
-        """Score coefficients (n_candidates, n_groups, n_adapters); a loss that is not finite is passed on."""
+        Sums over disjoint blocks add up to the sums over all of them.
+        """
         if self._model.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._model.device)
-        raw = self._per_expert(self._scoring.objective, coefficients)
-        per_expert = normalise(raw, torch.from_numpy(self.base_per_expert), self._scoring.floor_nats)
-        return Scores(
-            losses=combine_experts(per_expert, self._scoring.combine).numpy(),
-            per_expert=per_expert.numpy(),
-            n_tokens=len(coefficients) * self._prompts.n_tokens,
+        prompts = np.flatnonzero(np.isin(self._block_of, blocks))
+        sums = self._prompt_sums(self._scoring.objective, coefficients, prompts.tolist())
+        n_scored, expert = self._n_scored[prompts], self._expert[prompts]
+        return BlockScores(
+            sums=sum_by_index(sums, expert, self._prompts.n_experts).numpy(),
+            counts=sum_by_index(n_scored, expert, self._prompts.n_experts).numpy(),
+            prompts=prompts,
+            prompt_means=(sums / n_scored).numpy(),
+            n_tokens=len(coefficients) * sum(len(self._prompts.ids[prompt]) for prompt in prompts),
             peak_bytes=_peak_bytes(self._model.device),
-            n_prompts=self._prompts.n_prompts,
         )
 
-    def agreement(self, coefficients: NDArray[np.float64]) -> NDArray[np.float64]:
+    def combine(self, sums: FloatArray, counts: FloatArray) -> tuple[FloatArray, FloatArray]:
+        """Make losses of sums (n_candidates, n_experts) over counts (n_experts,) of scored positions.
+
+        Returns:
+            Losses (n_candidates,), finite or not, and the (n_candidates, n_experts) they are combined from.
+        """
+        losses, per_expert = self._combine(torch.tensor(sums), torch.tensor(counts))
+        return losses.numpy(), per_expert.numpy()
+
+    def score(self, coefficients: FloatArray) -> Scores:
+        """Score coefficients (n_candidates, n_groups, n_adapters) on all prompts."""
+        scored = self.score_blocks(coefficients, range(self.n_blocks))
+        losses, per_expert = self.combine(scored.sums, scored.counts)
+        return Scores(losses, per_expert, scored.n_tokens, scored.peak_bytes)
+
+    def agreement(self, coefficients: FloatArray) -> FloatArray:
         """Return the share (n_experts,) of an expert's prompts where a merge has its top token throughout.
 
         Args:
             coefficients: (n_groups, n_adapters), one merge.
         """
-        misses = self._position_values("top1_disagreement", coefficients[None])[0].cpu()
-        hits = torch.stack([(own == 0).all() for own in torch.split(misses, self._n_scored)])  # (n_prompts,)
-        expert_of = torch.from_numpy(self._prompts.expert)
-        return per_expert_means(hits.double(), expert_of, self._prompts.n_experts).numpy()
+        misses = self._prompt_sums("top1_disagreement", coefficients[None], range(len(self._expert)))[0]
+        hits = sum_by_index((misses == 0).double(), self._expert, self._prompts.n_experts)
+        return hits.numpy() / np.bincount(self._prompts.expert)
 
-    def _per_expert(self, objective: str, coefficients: NDArray[np.float64]) -> Tensor:
-        """Average an objective over each expert's positions: (n_candidates, n_experts), on the CPU."""
-        values = self._position_values(objective, coefficients).double()
-        return per_expert_means(values, self._signals.expert_of, self._prompts.n_experts).cpu()
+    def gradient(self, coefficients: FloatArray) -> GradientScores:
+        """Differentiate the loss of coefficients (n_groups, n_adapters) on all prompts.
 
-    @torch.inference_mode()
-    def _position_values(self, objective: str, coefficients: NDArray[np.float64]) -> Tensor:
-        """Return an objective at every scored position, (n_candidates, n_scored)."""
-        model, table = self._model, torch.from_numpy(coefficients)
-        n_scored, dtype = len(self._signals.next_tokens), self._signals.logp.dtype
-        values = torch.empty(len(table), n_scored, device=model.device, dtype=dtype)
+        Where all prompts fit one forward pass, one graph does. Else a pass without a graph tells the slope of
+        the loss in each expert's sum, with which the gradients of parts are weighted and added up.
+
+        Raises:
+            InputError: if the objective has no gradient.
+            torch.OutOfMemoryError: if one prompt's graph does not fit.
+        """
+        mixture = torch.tensor(coefficients, dtype=torch.float64, requires_grad=True)
+        lengths = [len(ids) for ids in self._prompts.ids]
+        gradient, sums = torch.zeros(mixture.shape, dtype=torch.float64), torch.zeros(0)  # sums: none known
+        n_tokens = 0
+
+        def step(rows: list[int]) -> None:
+            nonlocal sums, n_tokens
+            if not len(sums) and len(rows) < len(lengths):
+                scored = self.score_blocks(coefficients[None], range(self.n_blocks))
+                sums, n_tokens = torch.from_numpy(scored.sums[0]), scored.n_tokens
+            own = self._sums_with_graph(mixture, rows)
+            total = sums if len(sums) else own.detach()
+            (part,) = torch.autograd.grad(own, mixture, self._slopes(total))
+            gradient.add_(part)  # from here on memory cannot run out: nothing is counted twice
+            sums, n_tokens = total, n_tokens + sum(lengths[row] for row in rows)
+
+        self._graph_budget.run(lengths, step)
+        loss, per_expert = self._combine(sums, self._counts)
+        return GradientScores(loss.item(), gradient.numpy(), per_expert.numpy(), n_tokens)
+
+    def _combine(self, sums: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+        base = torch.from_numpy(self.base_per_expert)
+        per_expert = normalise(sums / counts, base, self._scoring.floor_nats)
+        return combine_experts(per_expert, self._scoring.combine), per_expert
+
+    def _slopes(self, sums: Tensor) -> Tensor:
+        """Return d loss / d sums, (n_experts,)."""
+        with torch.enable_grad():
+            leaf = sums.clone().requires_grad_()
+            return torch.autograd.grad(self._combine(leaf, self._counts)[0], leaf)[0]
+
+    @torch.enable_grad()
+    def _sums_with_graph(self, mixture: Tensor, prompts: list[int]) -> Tensor:
+        """Sum the objective over each expert's positions in some prompts, (n_experts,), differentiably."""
+        self.checkpoint()
+        rows = mixture.expand(len(prompts), -1, -1)
+        with population(self._model, self._stacked, rows, self._groups):
+            logp = scored_logp(self._model, self._prompts, prompts)
+        sums = self._row_sums(self._scoring.objective, logp, prompts)
+        if not sums.requires_grad:
+            raise InputError(
+                f"objective.name: {objective_label(self._scoring.objective)} has no gradient, which gradient "
+                "steps need; choose another objective, or no gradient steps"
+            )
+        return sum_by_index(sums, self._expert[prompts], self._prompts.n_experts)
+
+    @torch.no_grad()  # not inference mode: gradients cannot flow through what a model keeps from that
+    def _prompt_sums(self, objective: Objective, coefficients: FloatArray, prompts: Sequence[int]) -> Tensor:
+        """Sum an objective over each prompt's scored positions: (n_candidates, n_prompts), on the CPU."""
+        model, table = self._model, torch.tensor(coefficients, dtype=torch.float64)
+        sums = torch.empty(len(table), len(prompts), device=model.device, dtype=torch.float64)
         if not self._folds:
-            self._fill(values, objective, partial(self._mixed_logp, table))
-            return values
+            self._fill(sums, objective, prompts, partial(self._mixed_logp, table))
+            return sums.cpu()
         for candidate, mixture in enumerate(table.to(model.dtype)):
-            weights = _fold(model, self._stacked, mixture, self._space.groups)
+            self.checkpoint()
+            weights = _fold(model, self._stacked, mixture, self._groups)
             folded_logp = partial(self._folded_logp, weights)
-            self._fill(values[candidate : candidate + 1], objective, folded_logp)
-        return values
+            self._fill(sums[candidate : candidate + 1], objective, prompts, folded_logp)
+        return sums
 
     def _mixed_logp(self, table: Tensor, candidates: list[int], prompts: list[int]) -> Tensor:
-        with population(self._model, self._stacked, table[candidates], self._space.groups):
+        with population(self._model, self._stacked, table[candidates], self._groups):
             return scored_logp(self._model, self._prompts, prompts)
 
     def _folded_logp(self, weights: dict[str, Tensor], candidates: list[int], prompts: list[int]) -> Tensor:
         return scored_logp(self._model, self._prompts, prompts, weights)
 
-    def _fill(self, values: Tensor, objective: str, logp_of: _LogpOf) -> None:
-        """Compute values (n_candidates, n_scored); candidate c on prompt p is row p * n_candidates + c."""
-        signals, n_candidates = self._signals, len(values)
-        lengths = [len(ids) for ids in self._prompts.ids for _ in range(n_candidates)]
+    def _fill(self, sums: Tensor, objective: Objective, prompts: Sequence[int], logp_of: _LogpOf) -> None:
+        """Compute sums (n_candidates, n_prompts); candidate c on p-th prompt is row p * n_candidates + c."""
+        n_candidates = len(sums)
+        lengths = [len(self._prompts.ids[prompt]) for prompt in prompts for _ in range(n_candidates)]
 
         def step(rows: list[int]) -> None:
-            candidates, prompts = [row % n_candidates for row in rows], [row // n_candidates for row in rows]
-            n_scored = torch.tensor([self._n_scored[prompt] for prompt in prompts])
-            of = torch.tensor(candidates).repeat_interleave(n_scored).to(values.device)
-            at = torch.cat([self._positions_of[prompt] for prompt in prompts])
-            logp = logp_of(candidates, prompts)
-            values[of, at] = disagreement(objective, logp, signals.logp[at], signals.next_tokens[at])
+            candidates, columns = [row % n_candidates for row in rows], [row // n_candidates for row in rows]
+            own = [prompts[column] for column in columns]
+            self.checkpoint()
+            sums[candidates, columns] = self._row_sums(objective, logp_of(candidates, own), own)
 
         self._budget.run(lengths, step)
+
+    def _row_sums(self, objective: Objective, logp: Tensor, prompts: list[int]) -> Tensor:
+        """Sum an objective over the scored positions of each row: (n_rows,), float64.
+
+        One sum a row: a scattered sum on a GPU is not reproducible, and a product lets one NaN spoil all.
+        """
+        signals, at = self._signals, torch.cat([self._positions_of[prompt] for prompt in prompts])
+        values = disagreement(objective, logp, signals.logp[at], signals.next_tokens[at]).double()
+        counts = [len(self._positions_of[prompt]) for prompt in prompts]
+        return torch.stack([own.sum() for own in torch.split(values, counts)])
+
+
+def _assign_blocks(prompts: PromptSet) -> tuple[NDArray[np.int64], int]:
+    """Split prompts into as many blocks as hold at least one of every expert, each expert's in turn.
+
+    Returns:
+        Each prompt's block, (n_prompts,), and the number of blocks.
+    """
+    n_own = np.bincount(prompts.expert, minlength=prompts.n_experts)
+    n_blocks = int(n_own.min())
+    if len(n_own) != prompts.n_experts or n_blocks == 0:
+        raise ValueError(
+            f"prompts per expert are {n_own.tolist()}, expected at least one for each of {prompts.n_experts}"
+        )
+    turn = np.empty(prompts.n_prompts, dtype=np.int64)
+    for expert, n in enumerate(n_own):
+        turn[prompts.expert == expert] = np.arange(n)
+    return turn % n_blocks, n_blocks
 
 
 def _fold(model: Any, stacked: StackedFactors, mixture: Tensor, groups: Groups) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from search.groups import Groups
-from search.objective import disagreement, per_expert_means
+from search.objective import disagreement, sum_by_index
 from search.population import population
 from search.prompts import PromptSet
 from search.stack import StackedFactors, at_least_float32
@@ -29,10 +29,6 @@ class ExpertSignals:
     """(n_scored, n_vocab) the expert's log-probabilities of the next token, in float32 at least."""
     next_tokens: Tensor
     """(n_scored,) the token that the prompt goes on with."""
-    expert_of: Tensor
-    """(n_scored,) adapter index."""
-    prompt_of: Tensor
-    """(n_scored,) index into the prompt set."""
     peak_kl: NDArray[np.float64]
     """(n_experts,) largest KL(expert || base) at a scored position of a prompt, mean over prompts, in nats.
 
@@ -42,7 +38,10 @@ class ExpertSignals:
 
 @dataclass(slots=True)
 class TokenBudget:
-    """How many tokens, padding included, go into one forward pass; halved whenever memory runs out."""
+    """How many tokens, padding included, go into one forward pass; halved whenever memory runs out.
+
+    Passed to all that fill the same device, so that what fits is learnt once.
+    """
 
     tokens_per_forward: int
     oom_events: list[dict[str, int]] = field(default_factory=list)
@@ -65,7 +64,7 @@ class TokenBudget:
 
     def _halve(self, n_tokens: int) -> None:
         torch.cuda.empty_cache()
-        self.tokens_per_forward = min(n_tokens, self.tokens_per_forward) // 2
+        self.tokens_per_forward = n_tokens // 2
         self.oom_events.append({"tokens": n_tokens, "tokens_per_forward": self.tokens_per_forward})
         logging.getLogger(__name__).warning(
             "out of memory at %d tokens; going on with %d", n_tokens, self.tokens_per_forward
@@ -122,10 +121,13 @@ def expert_signals(
     stacked: StackedFactors,
     groups: Groups,
     prompts: PromptSet,
-    *,
-    tokens_per_forward: int | None = None,
+    budget: TokenBudget | None = None,
 ) -> ExpertSignals:
-    """Score every prompt under its own expert, and under the base to compare."""
+    """Score every prompt under its own expert, and under the base to compare.
+
+    Args:
+        budget: where to learn, and to leave, what fits into memory.
+    """
     one_hot = torch.zeros(prompts.n_prompts, len(groups.names), stacked.n_adapters)
     one_hot[range(prompts.n_prompts), :, prompts.expert] = 1
     next_tokens = [
@@ -145,11 +147,10 @@ def expert_signals(
         peaks = [own.max() for own in torch.split(kl, counts)]
         signals.update(zip(rows, zip(torch.split(expert_logp, counts), peaks, strict=True), strict=True))
 
-    budget = TokenBudget(tokens_per_forward or default_token_budget(model.device))
+    budget = budget or TokenBudget(default_token_budget(model.device))
     budget.run([len(ids) for ids in prompts.ids], step)
-    prompt_of = torch.repeat_interleave(torch.tensor(n_scored)).to(model.device)
-    expert_of = torch.from_numpy(prompts.expert).to(model.device)[prompt_of]
     logp = torch.cat([signals[row][0] for row in range(prompts.n_prompts)])
-    peaks = torch.stack([signals[row][1] for row in range(prompts.n_prompts)]).double().cpu()
-    peak_kl = per_expert_means(peaks, torch.from_numpy(prompts.expert), prompts.n_experts).numpy()
-    return ExpertSignals(logp, torch.cat(next_tokens), expert_of, prompt_of, peak_kl)
+    peaks = torch.stack([signals[row][1] for row in range(prompts.n_prompts)]).double()
+    peak_sums = sum_by_index(peaks, torch.from_numpy(prompts.expert), prompts.n_experts).numpy()
+    n_prompts = np.bincount(prompts.expert, minlength=prompts.n_experts)
+    return ExpertSignals(logp, torch.cat(next_tokens), peak_sums / n_prompts)

@@ -1,6 +1,7 @@
 """Per-token disagreement between merge and expert, and how it becomes one loss.
 
-Pure functions of log-probabilities, differentiable in the merge; know no models, prompts or adapters.
+Pure functions of log-probabilities, differentiable in the merge; know no models, prompts or adapters, nor
+where a user's own objective comes from.
 p_m and p_i are the next-token distributions of merge and expert at one position, H is entropy in nats.
 """
 
@@ -9,6 +10,13 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+
+from search.errors import InputError
+
+ObjectiveFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(merged_logp, expert_logp, next_tokens) -> what each position costs; shapes as in `disagreement`."""
+Objective = str | ObjectiveFunction
+"""A key of OBJECTIVES, or a user's own function."""
 
 LOG_FLOOR = -1e4
 """Log-probabilities are cut here: p * log p is 0 at p = 0, and an impossible token costs 10,000 nats."""
@@ -66,7 +74,7 @@ def nll(merged_logp: Tensor, next_tokens: Tensor) -> Tensor:
     return -merged_logp.gather(-1, index).squeeze(-1).clamp_min(LOG_FLOOR)
 
 
-OBJECTIVES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+OBJECTIVES: dict[str, ObjectiveFunction] = {
     "entropy_excess": lambda merged, expert, tokens: entropy_excess(merged, expert),
     "entropy_gap": lambda merged, expert, tokens: entropy_gap(merged, expert),
     "relative_entropy_gap": lambda merged, expert, tokens: relative_entropy_gap(merged, expert),
@@ -79,40 +87,58 @@ OBJECTIVES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
 """Name in the config -> function of (merged_logp, expert_logp, next_tokens)."""
 
 
-def disagreement(name: str, merged_logp: Tensor, expert_logp: Tensor, next_tokens: Tensor) -> Tensor:
-    """Return what the objective `name` measures at each position; smaller is better.
+def disagreement(
+    objective: Objective, merged_logp: Tensor, expert_logp: Tensor, next_tokens: Tensor
+) -> Tensor:
+    """Return what an objective measures at each position; smaller is better.
 
     Args:
-        name: a key of OBJECTIVES.
+        objective: a key of OBJECTIVES, or a user's own function.
         merged_logp: (..., n_positions, n_vocab) log-probabilities of the merge.
         expert_logp: (n_positions, n_vocab) those of the expert whose prompt it is.
         next_tokens: (n_positions,) the token that the expert's text goes on with.
 
     Returns:
         (..., n_positions).
+
+    Raises:
+        ValueError: on an unknown name.
+        InputError: if a user's function returns anything but one float a position.
     """
-    if name not in OBJECTIVES:
-        raise ValueError(f"unknown objective {name!r}; known: {', '.join(OBJECTIVES)}")
-    return OBJECTIVES[name](merged_logp, expert_logp, next_tokens)
+    if not isinstance(objective, str):
+        values = objective(merged_logp, expert_logp, next_tokens)
+        _check_user_values(objective, values, merged_logp.shape[:-1])
+        return values
+    if objective not in OBJECTIVES:
+        raise ValueError(f"unknown objective {objective!r}; known: {', '.join(OBJECTIVES)}")
+    return OBJECTIVES[objective](merged_logp, expert_logp, next_tokens)
 
 
-def per_expert_means(values: Tensor, expert_of: Tensor, n_experts: int) -> Tensor:
-    """Average values (..., n_positions) over the positions of each expert -> (..., n_experts).
+def objective_label(objective: Objective) -> str:
+    """Return the name of an objective as the config has it."""
+    if isinstance(objective, str):
+        return objective
+    named = objective if hasattr(objective, "__qualname__") else type(objective)
+    return f"{named.__module__}:{named.__qualname__}"
 
-    A matrix product, since scattered sums are not reproducible on a GPU; one NaN makes all NaN.
 
-    Args:
-        values: (..., n_positions).
-        expert_of: (n_positions,) int64 index of the expert whose prompt the position is in.
-        n_experts: how many experts there are; each needs a position.
+def _check_user_values(function: ObjectiveFunction, values: object, expected: torch.Size) -> None:
+    if isinstance(values, Tensor) and values.shape == expected and values.is_floating_point():
+        return
+    found = f"{values.dtype} {tuple(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
+    raise InputError(
+        f"objective.name: {objective_label(function)} returned {found}, expected a floating-point tensor of "
+        f"shape (n_positions,) = {tuple(expected)}; return one value a position, not summed or averaged"
+    )
+
+
+def sum_by_index(values: Tensor, index: Tensor, size: int) -> Tensor:
+    """Sum values (..., n) that share an index (n,) int64 below `size` -> (..., size), differentiably.
+
+    On a CPU, where sums are taken in order: scattered sums on a GPU are not reproducible.
     """
-    counts = torch.bincount(expert_of, minlength=n_experts)
-    if len(counts) != n_experts or not bool(counts.all()):
-        raise ValueError(
-            f"positions per expert are {counts.tolist()}, expected at least one for each of {n_experts}"
-        )
-    weights = torch.nn.functional.one_hot(expert_of, n_experts).to(values.dtype) / counts
-    return values @ weights
+    zeros = torch.zeros(*values.shape[:-1], size, dtype=values.dtype)
+    return zeros.index_add(-1, index.cpu(), values.cpu())
 
 
 def normalise(per_expert: Tensor, base_per_expert: Tensor, floor: float) -> Tensor:
@@ -124,8 +150,16 @@ def normalise(per_expert: Tensor, base_per_expert: Tensor, floor: float) -> Tens
 
 
 def _mean_sqrt(per_expert: Tensor) -> Tensor:
-    """mean_i sqrt(x_i): the last stretch towards any one expert counts more than the first."""
-    return per_expert.clamp_min(0).sqrt().mean(-1)
+    """mean_i sqrt(x_i): the last stretch towards any one expert counts more than the first.
+
+    The root's slope is infinite at 0, where that of x_i, a minimum, is 0: their product would be NaN. Where
+    x_i is below rounding, the merge is the expert, and the slope counts as 0: one of the subgradients that
+    the loss has in such a corner, and the one that says to stay.
+    """
+    rounding = torch.finfo(per_expert.dtype).eps
+    roots = per_expert.clamp_min(rounding).sqrt()
+    flat = per_expert.detach().clamp_min(0).sqrt()
+    return torch.where(per_expert > rounding, roots, flat).mean(-1)
 
 
 def _worst_quarter(per_expert: Tensor) -> Tensor:

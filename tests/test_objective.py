@@ -21,9 +21,9 @@ from search.objective import (
     forward_kl,
     nll,
     normalise,
-    per_expert_means,
     relative_entropy_gap,
     reverse_kl,
+    sum_by_index,
     top1_disagreement,
 )
 
@@ -134,21 +134,21 @@ def test_top1_nll_and_entropy_minimisation_read_what_they_say():
 
 
 @given(st.integers(1, 5), st.integers(0, 2**32 - 1))
-def test_per_expert_means_equal_a_loop(n_experts, seed):
+def test_sums_by_index_equal_a_loop(size, seed):
     gen = torch.Generator().manual_seed(seed)
-    extra = torch.randint(n_experts, (10,), generator=gen)
-    expert_of = torch.cat([torch.arange(n_experts), extra])[torch.randperm(n_experts + 10, generator=gen)]
-    values = torch.randn(2, 3, n_experts + 10, dtype=torch.float64, generator=gen)
-    means = per_expert_means(values, expert_of, n_experts)
-    for expert in range(n_experts):
-        torch.testing.assert_close(means[..., expert], values[..., expert_of == expert].mean(-1))
+    index = torch.randint(size, (10,), generator=gen)
+    values = torch.randn(2, 3, 10, dtype=torch.float64, generator=gen)
+    sums = sum_by_index(values, index, size)
+    for one in range(size):
+        torch.testing.assert_close(sums[..., one], values[..., index == one].sum(-1))
 
 
-def test_an_expert_without_positions_is_refused():
-    with pytest.raises(ValueError, match=r"\[2, 0, 1\], expected at least one for each of 3"):
-        per_expert_means(torch.ones(3), torch.tensor([0, 2, 0]), 3)
-    with pytest.raises(ValueError, match="for each of 2"):
-        per_expert_means(torch.ones(3), torch.tensor([0, 2, 1]), 2)
+def test_a_sum_that_is_nan_spoils_no_other_and_gradients_flow():
+    values = torch.tensor([1.0, math.nan, 2.0], requires_grad=True)
+    sums = sum_by_index(values, torch.tensor([0, 1, 0]), 3)
+    torch.testing.assert_close(sums, torch.tensor([3.0, math.nan, 0.0]), equal_nan=True)
+    sums[0].backward()
+    assert values.grad.tolist() == [1, 0, 1]
 
 
 def test_normalising_makes_the_base_one_except_below_the_floor():
