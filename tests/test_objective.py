@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from scipy.spatial.distance import jensenshannon
 from scipy.stats import entropy as scipy_entropy
 
+from search.errors import InputError
 from search.objective import (
     COMBINATIONS,
     OBJECTIVES,
@@ -177,6 +178,66 @@ def test_combining_ignores_the_order_of_experts_and_lies_within_their_range(valu
 def test_nan_stays_nan_in_every_combination():
     for how in COMBINATIONS:
         assert combine_experts(torch.tensor([0.1, math.nan, 0.2]), how).isnan()
+
+
+def test_the_root_is_exact_everywhere_and_has_a_finite_slope_at_zero():
+    values = torch.tensor([0.0, 1e-40, 1e-20, 1e-6, 0.25, 4.0], dtype=torch.float64, requires_grad=True)
+    loss = combine_experts(values, "mean_sqrt")
+    assert loss.item() == values.detach().sqrt().mean().item()
+    (slopes,) = torch.autograd.grad(loss, values)
+    expected = 1 / (2 * values.detach()[3:].sqrt()) / 6
+    torch.testing.assert_close(slopes, torch.cat([torch.zeros(3), expected]).double())
+
+
+@pytest.mark.parametrize("how", list(COMBINATIONS))
+def test_gradients_of_combinations_are_right(how):
+    values = torch.tensor([[0.3, 1.1, 0.01, 0.7, 2.0]], dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: combine_experts(x, how), values)
+
+
+def own_objective(merged, expert, tokens):
+    return (merged - expert).abs().amax(-1)
+
+
+def test_a_user_s_function_is_called_with_what_the_shipped_ones_get():
+    merged, expert = torch.rand(3, 5, N_VOCAB), torch.rand(5, N_VOCAB)
+    tokens = torch.arange(5)
+    calls = []
+
+    def noted(*arguments):
+        calls.append(arguments)
+        return own_objective(*arguments)
+
+    values = disagreement(noted, merged, expert, tokens)
+    assert torch.equal(values, own_objective(merged, expert, tokens))
+    assert calls[0][0] is merged
+    assert calls[0][1] is expert
+    assert calls[0][2] is tokens
+
+
+class Own:
+    """A callable that is no function."""
+
+    def __call__(self, merged, expert, tokens):
+        return 0.5
+
+
+@pytest.mark.parametrize(
+    ("function", "found"),
+    [
+        (lambda merged, expert, tokens: merged, r"<lambda> returned torch.float32 \(4, 7\)"),
+        (lambda merged, expert, tokens: merged.mean(), r"<lambda> returned torch.float32 \(\)"),
+        (lambda merged, expert, tokens: merged.argmax(-1), r"<lambda> returned torch.int64 \(4,\)"),
+        (Own(), "test_objective:Own returned float,"),
+    ],
+)
+def test_a_user_s_function_that_returns_something_else_is_named(function, found):
+    logp = torch.zeros(4, N_VOCAB)
+    expected = (
+        rf"objective.name: .*{found}.* expected a floating-point tensor of shape \(n_positions,\) = \(4,\)"
+    )
+    with pytest.raises(InputError, match=expected):
+        disagreement(function, logp, logp, torch.zeros(4, dtype=torch.int64))
 
 
 def test_unknown_names_list_the_known_ones():
