@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import NoReturn
 
 from search.config import load_config
-from search.delivery import TRACE_FILE
 from search.errors import InputError
 from search.run import run_search
 
@@ -60,10 +59,7 @@ def run_command(arguments: argparse.Namespace) -> int:
     """Run one search; return the exit code."""
     config = load_config(arguments.config, arguments.overrides)
     output = arguments.out or Path("output/search") / arguments.config.stem
-    trace = output / TRACE_FILE
-    if trace.exists():
-        raise InputError(f"{trace} exists: a search was run there. Choose another --out, or delete it.")
-    result = run_search(config, output=output, reserve_s=time.process_time())  # so long importing took
+    result = run_search(config, output=output, reserve_s=time.process_time(), resume=True)
     print(result.report, file=sys.stderr)
     outcome = {
         "output": str(output),

@@ -3,54 +3,93 @@
 Knows evaluators, finalists and the trace; not the clock, the optimiser or what becomes of the winner.
 """
 
+import time
+
 import numpy as np
 
 from search.finalists import Judgement, judge_finalists, make_candidates, stack_coefficients
-from search.loop import SearchOutcome
+from search.gradient import Descent, adam_descend
+from search.space import FloatArray
+from search.stages import Found
 from search.steering import Steering
 from search.trace import TraceWriter
 
 
 def estimate_finalists_s(steering: Steering, n_archived: int) -> float:
     """Seconds that `judge_on_unseen` takes at most with an archive of this size."""
-    n_candidates = n_archived + 1  # and the distribution's mean
+    n_candidates = n_archived + 2  # and the distribution's mean, and a refined one
     n_losses = n_candidates + len(steering.references)
     n_agreements = n_candidates + 2  # and the uniform merge, and a reference that wins
     return (n_losses + n_agreements) * steering.unseen_candidate_s
 
 
-def judge_on_unseen(steering: Steering, outcome: SearchOutcome, trace: TraceWriter) -> Judgement:
-    """Compare archive, distribution mean and all references on the unseen prompts."""
-    candidates = make_candidates(steering.space, outcome.archive_genomes, outcome.mean_genome)
-    finalists = [*steering.references, *candidates]
+def descend(steering: Steering, start: FloatArray, steps: int, learning_rate: float) -> tuple[Descent, int]:
+    """Go down the gradient from coefficients (n_groups, n_adapters) on the searched prompts.
+
+    Returns:
+        The descent, and the tokens that it took.
+    """
+    n_tokens = 0
+
+    def gradient_of(coefficients: FloatArray) -> tuple[float, FloatArray]:
+        nonlocal n_tokens
+        scores = steering.searched.gradient(coefficients)
+        n_tokens += scores.n_tokens
+        return scores.loss, scores.gradient
+
+    bounds = steering.bounds
+    descent = adam_descend(
+        gradient_of, start, steps=steps, learning_rate=learning_rate, low=bounds.low, high=bounds.high
+    )
+    return descent, n_tokens
+
+
+def refine_best(
+    steering: Steering, found: Found, steps: int, learning_rate: float, trace: TraceWriter
+) -> FloatArray | None:
+    """Descend from the archive's best, and record it; None without steps or an archive."""
+    if not steps or not len(found.archive):
+        return None
+    started_s = time.monotonic()
+    descent, n_tokens = descend(steering, found.archive[0], steps, learning_rate)
+    seconds = time.monotonic() - started_s
+    trace.event("refined", steps=steps, losses=descent.losses, n_tokens=n_tokens, seconds=seconds)
+    return descent.best
+
+
+def judge_on_unseen(
+    steering: Steering, found: Found, refined: FloatArray | None, trace: TraceWriter
+) -> Judgement:
+    """Compare archive, distribution mean, refined best and all references on the unseen prompts."""
+    started_s = time.monotonic()
+    finalists = [*steering.references, *make_candidates(found.archive, found.mean, refined)]
     scores = steering.unseen.score(stack_coefficients(finalists))
     judgement = judge_finalists(
-        finalists, scores.losses, scores.per_expert, steering.space, steering.unseen.agreement
+        finalists, scores.losses, scores.per_expert, steering.bounds, steering.unseen.agreement
     )
-    _record_judgement(judgement, "unseen", trace)
+    _record_judgement(judgement, "unseen", started_s, trace)
     return judgement
 
 
-def judge_on_searched(steering: Steering, outcome: SearchOutcome, trace: TraceWriter) -> Judgement:
-    """Compare the archive's best, if there is one, with base and uniform merge on the searched prompts.
+def judge_on_searched(steering: Steering, found: Found, trace: TraceWriter) -> Judgement:
+    """Compare the archive's best, if there is one, with base, uniform and prior on searched prompts.
 
-    Costs one candidate; nobody is asked for agreement.
+    All of it is known already; nobody is asked for agreement.
     """
+    started_s = time.monotonic()
     known = steering.reference_scores
     finalists = list(steering.references[: len(known.losses)])
     losses, per_expert = known.losses, known.per_expert
-    if len(outcome.archive_genomes):
-        best = make_candidates(steering.space, outcome.archive_genomes[:1], outcome.mean_genome)[:1]
-        scores = steering.searched.score(stack_coefficients(best))
-        finalists += best
-        losses = np.concatenate([losses, scores.losses])
-        per_expert = np.concatenate([per_expert, scores.per_expert])
-    judgement = judge_finalists(finalists, losses, per_expert, steering.space)
-    _record_judgement(judgement, "searched", trace)
+    if len(found.archive):
+        finalists += make_candidates(found.archive[:1], found.mean, None)[:1]
+        losses = np.concatenate([losses, found.archive_losses[:1]])
+        per_expert = np.concatenate([per_expert, found.archive_per_expert[:1]])
+    judgement = judge_finalists(finalists, losses, per_expert, steering.bounds)
+    _record_judgement(judgement, "searched", started_s, trace)
     return judgement
 
 
-def _record_judgement(judgement: Judgement, prompts: str, trace: TraceWriter) -> None:
+def _record_judgement(judgement: Judgement, prompts: str, started_s: float, trace: TraceWriter) -> None:
     trace.event(
         "finalists",
         prompts=prompts,
@@ -60,4 +99,6 @@ def _record_judgement(judgement: Judgement, prompts: str, trace: TraceWriter) ->
         agreement=[judgement.agreements.get(index) for index in range(len(judgement.finalists))],
         verdicts=judgement.verdicts,
         winner=judgement.winner.name,
+        winner_coefficients=judgement.winner.coefficients,
+        seconds=time.monotonic() - started_s,
     )

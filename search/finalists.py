@@ -10,11 +10,25 @@ from typing import Literal
 
 import numpy as np
 
-from search.space import FloatArray, Space
+from search.space import FloatArray
 
 Verdict = Literal["winner", "beaten", "not finite", "outside bounds", "collapsed"]
-BASE, UNIFORM, SINGLE = "base", "uniform", "expert "
+BASE, UNIFORM, PRIOR, SINGLE = "base", "uniform", "prior", "expert "
 """Names of references, the last one before an adapter's name."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Bounds:
+    """Where coefficients may lie; a reference need not."""
+
+    low: FloatArray
+    """(n_adapters,) -inf where free."""
+    high: FloatArray
+    """(n_adapters,) inf where free."""
+
+    def hold(self, coefficients: FloatArray) -> bool:
+        """Whether coefficients (n_groups, n_adapters) lie inside."""
+        return bool(((coefficients >= self.low) & (coefficients <= self.high)).all())
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -22,7 +36,7 @@ class Finalist:
     """A merge that may become the result."""
 
     name: str
-    """"archive 1" (the search's best), "mean", "base", "uniform" or "expert NAME"."""
+    """"archive 1" (the search's best), "mean", "refined", "base", "uniform", "prior" or "expert NAME"."""
     coefficients: FloatArray
     """(n_groups, n_adapters)."""
     is_reference: bool
@@ -54,30 +68,36 @@ class Judgement:
 
     @property
     def rivals(self) -> dict[str, float]:
-        """Losses of base, uniform merge and, where they were compared, the best single expert."""
+        """Losses of base, uniform merge and, where they were compared, prior and the best single expert."""
         loss_of = {f.name: loss for f, loss in zip(self.finalists, self.losses.tolist(), strict=True)}
         singles = [name for name in loss_of if name.startswith(SINGLE)]
         best = sorted(singles, key=loss_of.__getitem__)[:1]
-        return {name: loss_of[name] for name in (BASE, UNIFORM, *best)}
+        return {name: loss_of[name] for name in (BASE, UNIFORM, PRIOR, *best) if name in loss_of}
 
 
-def make_references(n_groups: int, adapter_names: Sequence[str]) -> tuple[Finalist, ...]:
-    """Return base, uniform merge and every single expert, in this order."""
+def make_references(
+    n_groups: int, adapter_names: Sequence[str], prior: FloatArray | None = None
+) -> tuple[Finalist, ...]:
+    """Return base, uniform merge, the prior's start (n_groups, n_adapters) if any, and every expert."""
     n_adapters = len(adapter_names)
     shape = (n_groups, n_adapters)
-    singles = [
-        Finalist(SINGLE + name, np.broadcast_to(row, shape).copy(), True)
+    general = {BASE: np.zeros(shape), UNIFORM: np.full(shape, 1 / n_adapters)}
+    if prior is not None:
+        general[PRIOR] = prior
+    singles = {
+        SINGLE + name: np.broadcast_to(row, shape).copy()
         for name, row in zip(adapter_names, np.eye(n_adapters), strict=True)
-    ]
-    base = Finalist(BASE, np.zeros(shape), True)
-    return base, Finalist(UNIFORM, np.full(shape, 1 / n_adapters), True), *singles
+    }
+    return tuple(Finalist(name, table, True) for name, table in {**general, **singles}.items())
 
 
-def make_candidates(space: Space, archive_genomes: FloatArray, mean_genome: FloatArray) -> list[Finalist]:
-    """Return what the search offers: its archive (k, n_params), best first, and its mean (n_params,)."""
-    table = space.to_coefficients(np.vstack([archive_genomes, mean_genome]))
-    names = [f"archive {place + 1}" for place in range(len(archive_genomes))]
-    return [Finalist(name, row, False) for name, row in zip([*names, "mean"], table, strict=True)]
+def make_candidates(archive: FloatArray, mean: FloatArray, refined: FloatArray | None) -> list[Finalist]:
+    """Return what the search offers: archive (k, n_groups, n_adapters), mean and refined best."""
+    tables = {f"archive {place + 1}": table for place, table in enumerate(archive)}
+    tables["mean"] = mean
+    if refined is not None:
+        tables["refined"] = refined
+    return [Finalist(name, table, False) for name, table in tables.items()]
 
 
 def stack_coefficients(finalists: Sequence[Finalist]) -> FloatArray:
@@ -89,12 +109,12 @@ def judge_finalists(
     finalists: Sequence[Finalist],
     losses: FloatArray,
     per_expert: FloatArray,
-    space: Space,
+    bounds: Bounds,
     agreement_of: Callable[[FloatArray], FloatArray] | None = None,
 ) -> Judgement:
     """Let the lowest loss win, of those that may.
 
-    Set aside are losses that are not finite, merges outside the space's bounds (a reference may be) and what
+    Set aside are losses that are not finite, merges outside the bounds (a reference may be) and what
     has collapsed: a merge from the search that gives the experts' top answers less often than the uniform
     merge, which must be among the finalists. Equal losses keep their order.
 
@@ -102,7 +122,7 @@ def judge_finalists(
         finalists: references before what they should win against on equal losses.
         losses: (n_finalists,).
         per_expert: (n_finalists, n_experts).
-        space: whose bounds the winner keeps to.
+        bounds: that the winner keeps to.
         agreement_of: coefficients (n_groups, n_adapters) -> shares (n_experts,), asked only about the uniform
             merge and those that would win; without it nothing counts as collapsed.
 
@@ -121,7 +141,7 @@ def judge_finalists(
 
     uniform = next(index for index, finalist in enumerate(finalists) if finalist.name == UNIFORM)
     for index in np.argsort(losses, kind="stable").tolist():
-        if flaw := _find_flaw(float(losses[index]), finalists[index], space):
+        if flaw := _find_flaw(float(losses[index]), finalists[index], bounds):
             verdicts[index] = flaw
         elif "winner" not in verdicts:
             verdicts[index] = "winner" if may_win(index) else "collapsed"
@@ -131,9 +151,8 @@ def judge_finalists(
     return Judgement(tuple(finalists), losses, per_expert, agreements, tuple(verdicts))
 
 
-def _find_flaw(loss: float, finalist: Finalist, space: Space) -> Verdict | None:
+def _find_flaw(loss: float, finalist: Finalist, bounds: Bounds) -> Verdict | None:
     """Return what keeps a finalist from winning, whatever its place; None for nothing."""
     if not math.isfinite(loss):
         return "not finite"
-    is_within = (finalist.coefficients >= space.low) & (finalist.coefficients <= space.high)
-    return None if is_within.all() else "outside bounds"
+    return None if bounds.hold(finalist.coefficients) else "outside bounds"

@@ -109,18 +109,37 @@ class SearchOutcome:
     generations: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class SearchTools:
-    """What a search works with."""
+@dataclass(frozen=True, slots=True, eq=False)
+class Engine:
+    """Who proposes candidates and who scores them."""
 
     optimizer: Optimizer
     evaluator: Evaluator
+    propose: Callable[[int, FloatArray], FloatArray] = lambda generation, mean: np.empty((0, len(mean)))
+    """From the number of generations done and the mean (n_params,) to genomes (k, n_params) to inject."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class SearchTools:
+    """What a search is recorded, timed, shown and stopped with."""
+
     trace: TraceWriter
     timebox: TimeBox
-    propose: Callable[[FloatArray], FloatArray] = lambda mean: np.empty((0, len(mean)))
-    """From the mean genome (n_params,) to genomes (k, n_params) to inject into the next generation."""
     on_generation: Callable[[Progress], None] = lambda progress: None
     interrupted: Callable[[], bool] = lambda: False
+
+
+@dataclass(frozen=True, slots=True)
+class Before:
+    """What came before this search in the same trace: earlier stages."""
+
+    stage: int = 0
+    """Index of this stage."""
+    generations: int = 0
+    evaluations: int = 0
+
+
+_NOTHING, _NO_PAST = Before(), Past()
 
 
 @dataclass(slots=True)
@@ -128,8 +147,7 @@ class SearchState:
     """What a running search has done; replaying recorded generations rebuilds it."""
 
     archive: Archive
-    stage: int
-    first_generation: int
+    before: Before
     generations: int = 0
     evaluations: int = 0
     batch: int = 0
@@ -148,39 +166,29 @@ class SearchState:
         self.n_experts = generation.per_expert.shape[1]
 
 
-@dataclass(frozen=True, slots=True)
-class Before:
-    """What came before this search in the same trace: earlier stages."""
-
-    stage: int = 0
-    """Index of this stage."""
-    generations: int = 0
-    evaluations: int = 0
-
-
 def search_loop(
-    tools: SearchTools, limits: Limits, *, before: Before = Before(), past: Past = Past()
+    engine: Engine, tools: SearchTools, limits: Limits, *, before: Before = _NOTHING, past: Past = _NO_PAST
 ) -> SearchOutcome:
     """Search until the evaluations are spent, another generation would not fit, or somebody interrupts.
 
-    The first generation always runs, whatever the limits. `Interrupted` from the evaluator, or `interrupted()`
-    between generations, ends the search with what it has; a generation under way is then dropped.
+    The first generation always runs, whatever the limits. `Interrupted` from the evaluator, or
+    `interrupted()` between generations, ends the search with what it has; a generation under way is dropped.
 
     Raises:
         InputError: when no candidate has a finite loss, or `past` is not this optimiser's.
     """
-    state = SearchState(Archive(limits.n_finalists), before.stage, before.generations)
+    state = SearchState(Archive(limits.n_finalists), before)
     for generation in past.generations:
-        _replay_generation(state, generation, tools)
+        _replay_generation(state, generation, engine.optimizer)
     ended_by = past.ended_by
     while ended_by is None:
         try:
             ended_by = _reason_to_end(state, tools, limits)
             if ended_by is None:
-                _run_generation(state, tools, limits, before)
+                _run_generation(state, engine, tools, limits)
         except Interrupted:
             ended_by = "interrupt"
-    mean = tools.optimizer.mean()
+    mean = engine.optimizer.mean()
     contents = state.archive.contents(len(mean), state.n_experts)
     return SearchOutcome(*contents, mean, state.evaluations, ended_by, state.generations)
 
@@ -196,40 +204,40 @@ def _reason_to_end(state: SearchState, tools: SearchTools, limits: Limits) -> En
     return None if tools.timebox.fits(CAUTION * state.longest_s) else "clock"
 
 
-def _replay_generation(state: SearchState, recorded: Generation, tools: SearchTools) -> None:
+def _replay_generation(state: SearchState, recorded: Generation, optimizer: Optimizer) -> None:
     """Bring the optimiser to where it stood: telling it what it has not asked for would not."""
     if len(recorded.injected):
-        tools.optimizer.inject(recorded.injected)
-    asked = tools.optimizer.ask()
+        optimizer.inject(recorded.injected)
+    asked = optimizer.ask()
     if not np.array_equal(asked, recorded.genomes):
         raise InputError(
             f"generation {recorded.index} of the trace cannot be repeated: the optimiser asks for other "
-            "genomes here. Resume on the machine and with the libraries that wrote it, or choose another --out."
+            "genomes. Resume on the machine and with the libraries that wrote it, or choose another --out."
         )
-    tools.optimizer.tell(recorded.losses)
+    optimizer.tell(recorded.losses)
     state.take(recorded)
 
 
-def _run_generation(state: SearchState, tools: SearchTools, limits: Limits, before: Before) -> None:
+def _run_generation(state: SearchState, engine: Engine, tools: SearchTools, limits: Limits) -> None:
     """Ask, evaluate, record, tell. Recorded first, so that a failure to tell can be replayed."""
-    started_s = tools.timebox.elapsed_s()
-    injected = tools.propose(tools.optimizer.mean()) if state.generations else np.empty((0, 0))
+    started_s, optimizer = tools.timebox.elapsed_s(), engine.optimizer
+    injected = engine.propose(state.generations, optimizer.mean())
     if len(injected):
-        tools.optimizer.inject(injected)
-    genomes = tools.optimizer.ask()
-    index = state.first_generation + state.generations
-    race = Race(genomes, tools.evaluator)
-    rungs = plan_race(len(genomes), tools.evaluator.n_blocks, limits.race_keep)
-    race.run(rungs, order_blocks(tools.evaluator.n_blocks, limits.seed, index))
+        optimizer.inject(injected)
+    genomes = optimizer.ask()
+    index = state.before.generations + state.generations
+    race = Race(genomes, engine.evaluator)
+    rungs = plan_race(len(genomes), engine.evaluator.n_blocks, limits.race_keep)
+    race.run(rungs, order_blocks(engine.evaluator.n_blocks, limits.seed, index))
     scored_s = tools.timebox.elapsed_s()
     generation = Generation(
         index=index,
-        stage=state.stage,
+        stage=state.before.stage,
         genomes=genomes,
         injected=injected,
         losses=race.losses(),
         per_expert=race.per_expert,
-        evaluations=before.evaluations + state.evaluations + len(genomes),
+        evaluations=state.before.evaluations + state.evaluations + len(genomes),
         n_tokens=race.n_tokens,
         elapsed_s=scored_s,
         seconds=scored_s - started_s,
@@ -239,7 +247,7 @@ def _run_generation(state: SearchState, tools: SearchTools, limits: Limits, befo
     )
     tools.trace.generation(generation)
     state.take(generation)
-    tools.optimizer.tell(generation.losses)
+    optimizer.tell(generation.losses)
     state.longest_s = max(state.longest_s, tools.timebox.elapsed_s() - started_s)
     evaluations, best = generation.evaluations, state.archive.best_loss()
     tools.on_generation(Progress(index + 1, evaluations, best, tools.timebox.left_s()))

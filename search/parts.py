@@ -5,13 +5,13 @@ Knows weights and where they are from; not prompts, losses or the search.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from search.adapters import Adapter, check_adapter
 from search.base import LoadedBase
-from search.groups import Groups, group_modules
+from search.groups import GroupKind, Groups, group_modules
 from search.stack import StackedFactors, stack_adapters
 
 
@@ -42,13 +42,18 @@ class Parts:
 
 
 def assemble_parts(
-    base: LoadedBase, adapters: Sequence[Adapter], *, base_name: str, kind: Literal["model", "layer"]
+    base: LoadedBase,
+    adapters: Sequence[Adapter],
+    *,
+    base_name: str,
+    kind: GroupKind,
+    layers_per_block: int = 4,
 ) -> Parts:
     """Check that the adapters fit the base, group their modules and stack them.
 
     Args:
         base_name: what the adapters may call the base.
-        kind: of grouping, as `group_modules` has it.
+        kind: of grouping, as `group_modules` has it; `layers_per_block` where it is "block".
 
     Raises:
         InputError: for an adapter of another base.
@@ -56,7 +61,9 @@ def assemble_parts(
     model: Any = base.model
     for adapter in adapters:
         check_adapter(adapter, model, base_name)
-    groups = group_modules({module for adapter in adapters for module in adapter.modules}, kind)
+    groups = group_modules(
+        {module for adapter in adapters for module in adapter.modules}, kind, layers_per_block
+    )
     stacked = stack_adapters(adapters, device=model.device, dtype=model.dtype)
     return Parts(base, tuple(adapters), stacked, groups)
 

@@ -9,7 +9,7 @@ cannot write questions; without, the expert writes freely. (The idea: Magpie, ar
 import json
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
 from typing import Any, Literal
@@ -84,6 +84,48 @@ class PromptSet:
             first += own[:n_first]
             rest += own[n_first:]
         return self.select(first), self.select(rest)
+
+
+def describe_prompts(prompts: PromptSet, names: Sequence[str]) -> list[dict[str, object]]:
+    """Return what the trace says of each prompt; `names` (n_experts,) are the adapters'."""
+    rows = zip(
+        prompts.expert.tolist(),
+        prompts.texts,
+        prompts.ids,
+        prompts.scored,
+        prompts.from_skeleton,
+        strict=True,
+    )
+    return [
+        {"expert": names[expert], "text": text, "ids": ids, "scored": scored, "from_skeleton": from_skeleton}
+        for expert, text, ids, scored, from_skeleton in rows
+    ]
+
+
+def read_prompts(event: Mapping[str, Any], names: Sequence[str]) -> tuple[PromptSet, PromptSet]:
+    """Rebuild the searched and the unseen set from the trace's event `prompts`.
+
+    Raises:
+        InputError: if they do not have the hash that is recorded with them.
+    """
+    rows = [*event["searched"], *event["unseen"]]
+    experts = [names.index(row["expert"]) for row in rows]
+    prompts = PromptSet(
+        ids=tuple(tuple(row["ids"]) for row in rows),
+        expert=np.array(experts, dtype=np.int64),
+        scored=tuple(tuple(row["scored"]) for row in rows),
+        texts=tuple(row["text"] for row in rows),
+        from_skeleton=tuple(row["from_skeleton"] for row in rows),
+        n_experts=len(names),
+    )
+    by_adapter = prompts.select(np.argsort(prompts.expert, kind="stable").tolist())  # as they were written
+    if by_adapter.sha256 != event["sha256"]:
+        raise InputError(
+            f"the trace's prompts have hash {by_adapter.sha256[:12]}, not {event['sha256'][:12]} as it says: "
+            "its line was changed. Restore the file, or choose another --out."
+        )
+    n_searched = len(event["searched"])
+    return prompts.select(range(n_searched)), prompts.select(range(n_searched, len(rows)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

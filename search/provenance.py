@@ -11,7 +11,7 @@ from pathlib import Path
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 """The folder that holds search/: a checkout's root, or site-packages."""
-LIBRARIES = ("torch", "transformers", "nevergrad", "numpy")
+LIBRARIES = ("torch", "transformers", "nevergrad", "cma", "numpy")
 GIT_TIMEOUT_S = 2.0
 
 

@@ -1,7 +1,7 @@
 """Race candidates over blocks of prompts and drop the losers early.
 
-Pure numpy: knows losses on blocks, not models, what a prompt is, or time. Sequential halving, Karnin et al. 2013
-(proceedings.mlr.press/v28/karnin13.pdf), algorithm 1, with the same blocks for all candidates.
+Pure numpy: knows losses on blocks, not models, what a prompt is, or time. Sequential halving, Karnin et al.
+2013 (proceedings.mlr.press/v28/karnin13.pdf), algorithm 1, with the same blocks for all candidates.
 """
 
 import math
@@ -71,7 +71,7 @@ def select_survivors(losses: FloatArray, n_kept: int) -> NDArray[np.int64]:
 
 
 def rank_by_rung(n_candidates: int, rungs: Sequence[tuple[NDArray[np.int64], FloatArray]]) -> FloatArray:
-    """Return one loss a candidate, (n_candidates,), that ranks those who went further before those who did not.
+    """Return losses (n_candidates,) that rank those who went further before those who did not.
 
     Who dropped out has the loss of its last rung, raised to that of the worst who went further: losses on
     different prompts cannot be compared, and all optimisers in use go by ranks.
@@ -182,4 +182,6 @@ class Race:
         self.n_tokens += scores.n_tokens
         if scores.peak_bytes is not None:
             self.peak_bytes = max(scores.peak_bytes, self.peak_bytes or 0)
-        self.rungs.append({"prompts": len(self._prompt_means), "candidates": alive.tolist(), "losses": losses})
+        self.rungs.append(
+            {"prompts": len(self._prompt_means), "candidates": alive.tolist(), "losses": losses}
+        )

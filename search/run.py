@@ -1,34 +1,40 @@
 """One run from configuration to merged adapter: load, prompts, signals, search, finalists, merge.
 
-The only file that knows all the parts; not how any of them works, nor the command line.
+Knows the order of the phases, the clock and the trace that they share; not how any of them works.
 """
 
+import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from search.adapters import Adapter, load_adapter
-from search.base import LoadedBase, load_base
-from search.config import SearchConfig, config_hash
-from search.delivery import ADAPTER_FOLDER, TRACE_FILE, deliver_merge, rehearse_merge
-from search.ending import estimate_finalists_s, judge_on_searched, judge_on_unseen
-from search.evaluate import PopulationEvaluator, Scoring
+from search.adapters import Adapter
+from search.base import LoadedBase
+from search.config import SearchConfig
+from search.delivery import ADAPTER_FOLDER, deliver_merge, rehearse_merge
+from search.ending import descend, estimate_finalists_s, judge_on_searched, judge_on_unseen, refine_best
 from search.finalists import Judgement
 from search.groups import Groups
-from search.loop import CAUTION, EndedBy, Limits, Progress, SearchOutcome, search_loop
+from search.interruption import Interrupted, Interruption
+from search.loop import CAUTION, EndedBy, Progress, SearchTools
 from search.merge import MergedAdapter, refuse_strangers
-from search.optimizer import BatchOptimizer
-from search.parts import Parts, assemble_parts, identify_parts
+from search.objective import Objective, objective_label
+from search.planning import choose_optimizer, set_limits
 from search.progress import ProgressLine
-from search.prompts import PromptRequest
 from search.provenance import checkout_commit, library_versions
+from search.recorded import TRACE_FILE
+from search.resume import Record, read_record, refuse_changes
+from search.setup import Setup, load_setup
 from search.space import FloatArray
-from search.steering import Steering, WrittenPrompts, prepare_prompts, prepare_steering
+from search.stages import Found, StagedSearch, run_stages
+from search.steering import Steering
 from search.summary import RunFacts, write_summary
 from search.timebox import TimeBox
 from search.trace import TraceWriter
+
+GRADIENT_COST = 5
+"""A gradient takes at most as long as so many candidates."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -50,120 +56,97 @@ class RunResult:
     """For people."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Shared:
+    """What all phases use."""
+
+    trace: TraceWriter
+    box: TimeBox
+    line: ProgressLine
+    interruption: Interruption
+    record: Record
+
+
 def run_search(
-    config: SearchConfig, *, output: Path, base: LoadedBase | None = None, reserve_s: float = 0.0
+    config: SearchConfig,
+    *,
+    output: Path,
+    base: LoadedBase | None = None,
+    reserve_s: float = 0.0,
+    objective: Objective | None = None,
+    resume: bool = False,
 ) -> RunResult:
     """Find coefficients within the time box, and write trace, adapter and coefficients to `output`.
 
-    Ctrl-C ends the search or the finalists and merges the best so far; before that it is passed on.
+    SIGINT or SIGTERM during search or finalists merges the best so far; before, it is a KeyboardInterrupt.
 
     Args:
         base: the configured base, if it is loaded already.
         reserve_s: seconds of the time box that are the caller's, gone or still needed.
+        objective: a function of (merged_logp, expert_logp, next_tokens) in place of the configured one.
+        resume: go on with the run whose trace is in `output`, if there is one; else it is replaced.
 
     Raises:
-        InputError: for weights or settings that do not fit, or an output that cannot be written.
-        ValueError: where the model gives no usable numbers.
+        InputError: for weights or settings that do not fit, a run in `output` that had others, an output
+            that cannot be written, or a model that gives no usable numbers.
     """
     refuse_strangers(output / ADAPTER_FOLDER)
-    box = TimeBox(config.search.time_box_s)
+    path = output / TRACE_FILE
+    record = read_record(path) if resume else Record()
+    box = TimeBox(config.search.time_box_s, started_s=time.monotonic() - record.elapsed_s)
     box.reserve("caller", reserve_s)
-    with ProgressLine(config.search.max_evaluations) as line:
+    with Interruption() as interruption, ProgressLine(config.search.max_evaluations) as line:
         line.phase("load")
-        parts = _load_parts(config, base)
-        _make_optimizer(config, np.zeros(parts.shape))  # refused before anything is written
-        with TraceWriter(output / TRACE_FILE) as trace:
-            trace.header(_describe_run(config, parts))
-            return _Run(config, parts, trace, box, line).finish(output)
-
-
-def _load_parts(config: SearchConfig, base: LoadedBase | None) -> Parts:
-    adapters = [
-        load_adapter(a.source, revision=a.revision, name=a.name, allow_pickle=a.allow_pickle)
-        for a in config.adapters
-    ]
-    base = base or load_base(
-        config.base.source, revision=config.base.revision, device=config.device, dtype=config.base.dtype
-    )
-    return assemble_parts(base, adapters, base_name=config.base.name, kind=config.search.space)
-
-
-def _make_optimizer(config: SearchConfig, start: FloatArray) -> BatchOptimizer:
-    """Build the optimiser from its first coefficients (n_groups, n_adapters)."""
-    search = config.search
-    return BatchOptimizer(
-        start.reshape(-1),
-        search.sigma,
-        search.n_candidates,
-        search.max_evaluations,
-        search.seed,
-        search.optimizer,
-    )
-
-
-def _describe_run(config: SearchConfig, parts: Parts) -> dict[str, Any]:
-    """Return the trace's header: what the run depends on."""
-    return {
-        "config": config.model_dump(mode="json"),
-        "config_sha256": config_hash(config),
-        "seed": config.search.seed,
-        **identify_parts(parts),
-        "versions": library_versions(),
-        "commit": checkout_commit(),
-    }
+        setup = load_setup(config, base, objective)
+        header = setup.describe()
+        refuse_changes(record, header, path)
+        with TraceWriter(path, n_kept_bytes=record.n_bytes, kept_events=record.kept_events) as trace:
+            if record.trace is None:
+                trace.header(header)
+            else:
+                done = len(record.trace.generations)
+                trace.event("resumed", generations=done, elapsed_s=record.elapsed_s)
+            return _Run(setup, _Shared(trace, box, line, interruption, record)).finish(output)
 
 
 class _Run:
-    """The phases after loading, with the trace, clock and line that they share."""
+    """The phases after loading."""
 
-    def __init__(
-        self, config: SearchConfig, parts: Parts, trace: TraceWriter, box: TimeBox, line: ProgressLine
-    ) -> None:
-        self._config, self._parts = config, parts
-        self._trace, self._box, self._line = trace, box, line
-        self._n_back_offs = dict.fromkeys(("searched", "unseen"), 0)
+    def __init__(self, setup: Setup, shared: _Shared) -> None:
+        self._setup, self._config, self._parts = setup, setup.config, setup.parts
+        self._trace, self._box, self._line = shared.trace, shared.box, shared.line
+        self._interruption, self._record = shared.interruption, shared.record
+        self._phase_name = "load"
+        self._n_back_offs = 0
 
     def finish(self, output: Path) -> RunResult:
         """Do what is left after loading."""
-        prompts = self._write_prompts()
-        steering = self._steer(prompts)
+        self._phase("prompts")
+        prompts = self._setup.write_prompts(self._trace, self._record)
+        self._phase("signals")
+        steering = self._setup.steer(prompts, self._trace, self._record)
+        self._record_back_offs(steering)
         finalists_s = self._reserve_for_the_end(steering, output)
-        outcome = self._search(steering)
-        ended_by, judgement = self._judge(steering, outcome, finalists_s)
+        self._interruption.defer()
+        steering.searched.checkpoint = steering.unseen.checkpoint = self._interruption.check
+        found = self._search(steering)
+        ended_by, judgement = self._judge(steering, found, finalists_s)
+        n_unseen = np.bincount(prompts.unseen.expert, minlength=len(self._parts.names)).tolist()
         facts = RunFacts(
             names=self._parts.names,
             judgement=judgement,
-            outcome=outcome,
+            evaluations=found.evaluations,
+            generations=found.generations,
             ended_by=ended_by,
-            n_unseen=np.bincount(prompts.unseen.expert, minlength=len(self._parts.names)).tolist(),
+            n_unseen=n_unseen,
             weak=steering.weak,
-            back_offs=steering.back_offs,
+            back_offs=steering.budget.oom_events,
         )
         return self._deliver(facts, output)
 
-    def _write_prompts(self) -> WrittenPrompts:
-        self._line.phase("prompts")
-        settings = self._config.prompts
-        request = PromptRequest(
-            per_adapter=settings.per_adapter + settings.unseen_per_adapter,
-            temperature=settings.temperature,
-            max_new_tokens=settings.max_new_tokens,
-            max_slot_tokens=settings.max_slot_tokens,
-            seed=self._config.search.seed,
-            positions=self._config.objective.positions,
-        )
-        skeletons = [adapter.skeletons for adapter in self._config.adapters]
-        return prepare_prompts(self._parts, skeletons, request, settings.per_adapter, self._trace)
-
-    def _steer(self, prompts: WrittenPrompts) -> Steering:
-        self._line.phase("signals")
-        objective = self._config.objective
-        scoring = Scoring(
-            objective=objective.name,
-            combine=objective.combine,
-            tokens_per_forward=self._config.search.tokens_per_forward,
-        )
-        return prepare_steering(self._parts, prompts, scoring, objective.weak_signal_nats, self._trace)
+    def _phase(self, name: str) -> None:
+        self._phase_name = name
+        self._line.phase(name)
 
     def _reserve_for_the_end(self, steering: Steering, output: Path) -> float:
         """Measure and reserve what finalists, or one candidate in their place, and merge take at most.
@@ -171,73 +154,99 @@ class _Run:
         Returns:
             The finalists' seconds.
         """
-        self._line.phase("rehearsal")
+        self._phase("rehearsal")
         uniform = steering.references[1].coefficients
         merge_s = rehearse_merge(self._parts, uniform, self._config.base.name, output)
-        finalists_s = CAUTION * estimate_finalists_s(steering, self._config.search.n_finalists)
+        settings = self._config.search
+        refine_s = GRADIENT_COST * settings.gradient.refine_steps * steering.searched_candidate_s
+        finalists_s = CAUTION * (refine_s + estimate_finalists_s(steering, settings.n_finalists))
         self._box.reserve("merge", CAUTION * (merge_s + steering.searched_candidate_s))
         self._box.reserve("finalists", finalists_s)
         return finalists_s
 
-    def _search(self, steering: Steering) -> SearchOutcome:
-        self._line.phase("search")
-        settings = self._config.search
-        start = steering.start(settings.start)
-        self._trace.event("search", start=start, left_s=self._box.left_s())
+    def _search(self, steering: Steering) -> Found:
+        self._phase("search")
+        settings, first = self._config.search, self._setup.first
+        start = steering.confine(first.start)
+        began = self._record.event("search")
+        search_s = self._box.left_s() if began is None else began["left_s"]
+        self._trace.event(
+            "search",
+            start=start,
+            spread=first.spread,
+            prior=self._setup.describe_prior(),
+            left_s=search_s,
+            elapsed_s=self._box.elapsed_s(),
+        )
+        gradient = settings.gradient
+        search = StagedSearch(
+            stages=self._setup.plan(steering),
+            choice=choose_optimizer(settings),
+            limits=set_limits(settings),
+            evaluator=steering.searched,
+            search_s=search_s,
+            past_of=self._record.past,
+            inject_every=gradient.inject_every,
+            improve=lambda mean: (
+                descend(steering, mean, gradient.inject_steps + 1, gradient.learning_rate)[0].best
+            ),
+        )
 
         def show(progress: Progress) -> None:
             self._line.show(progress)
-            self._record_back_offs("searched", steering.searched)
+            self._record_back_offs(steering)
 
-        outcome = search_loop(
-            _make_optimizer(self._config, start),
-            steering.searched,
+        tools = SearchTools(
             trace=self._trace,
             timebox=self._box,
-            limits=Limits(settings.max_evaluations, settings.n_finalists),
             on_generation=show,
+            interrupted=lambda: self._interruption.requested,
         )
+        found = run_stages(search, start, first.spread, tools)
         self._trace.event(
             "search_ended",
-            ended_by=outcome.ended_by,
-            generations=outcome.generations,
-            evaluations=outcome.evaluations,
-            best_loss=outcome.archive_losses.min(initial=np.inf),
+            ended_by=found.ended_by,
+            generations=found.generations,
+            evaluations=found.evaluations,
+            best_loss=found.archive_losses.min(initial=np.inf),
             elapsed_s=self._box.elapsed_s(),
+            mean=found.mean,
+            spread=found.spread,
         )
-        return outcome
+        return found
 
-    def _judge(
-        self, steering: Steering, outcome: SearchOutcome, finalists_s: float
-    ) -> tuple[EndedBy, Judgement]:
-        """Compare on unseen prompts; on searched ones after Ctrl-C (now or before) or where time is short."""
-        self._line.phase("finalists")
+    def _judge(self, steering: Steering, found: Found, finalists_s: float) -> tuple[EndedBy, Judgement]:
+        """Compare on unseen prompts; on searched ones after an interrupt (before or now), or without time."""
+        self._phase("finalists")
         self._box.release("finalists")
-        ended_by = outcome.ended_by
-        if ended_by != "interrupt":
-            try:
-                if self._box.fits(finalists_s):
-                    judgement = judge_on_unseen(steering, outcome, self._trace)
-                    self._record_back_offs("unseen", steering.unseen)
-                    return ended_by, judgement
-                self._trace.event("finalists_skipped", left_s=self._box.left_s(), needed_s=finalists_s)
-            except KeyboardInterrupt:
-                ended_by = "interrupt"
-        if ended_by == "interrupt":
-            phase = "search" if outcome.ended_by == "interrupt" else "finalists"
+        gradient = self._config.search.gradient
+        try:
+            if self._interruption.requested:
+                raise Interrupted
+            if self._box.fits(finalists_s):
+                steps, rate = gradient.refine_steps, gradient.learning_rate
+                refined = refine_best(steering, found, steps, rate, self._trace)
+                judgement = judge_on_unseen(steering, found, refined, self._trace)
+                self._record_back_offs(steering)
+                return found.ended_by, judgement
+            self._trace.event("finalists_skipped", left_s=self._box.left_s(), needed_s=finalists_s)
+        except Interrupted:
+            phase = "search" if found.ended_by == "interrupt" else "finalists"
             self._trace.event("interrupt", phase=phase)
-        return ended_by, judge_on_searched(steering, outcome, self._trace)
+            return "interrupt", judge_on_searched(steering, found, self._trace)
+        return found.ended_by, judge_on_searched(steering, found, self._trace)
 
-    def _record_back_offs(self, prompts: str, evaluator: PopulationEvaluator) -> None:
+    def _record_back_offs(self, steering: Steering) -> None:
         """Record the times that memory ran out since the last call."""
-        for event in evaluator.oom_events[self._n_back_offs[prompts] :]:
-            self._trace.event("out_of_memory", prompts=prompts, **event)
-        self._n_back_offs[prompts] = len(evaluator.oom_events)
+        for event in steering.budget.oom_events[self._n_back_offs :]:
+            self._trace.event("out_of_memory", phase=self._phase_name, **event)
+        self._n_back_offs = len(steering.budget.oom_events)
 
     def _deliver(self, facts: RunFacts, output: Path) -> RunResult:
         """Merge the winner, write everything, and say what happened."""
-        self._line.phase("merge")
-        judgement, evaluations = facts.judgement, facts.outcome.evaluations
+        self._phase("merge")
+        started_s = time.monotonic()
+        judgement = facts.judgement
         winner, loss = judgement.winner, float(judgement.losses[judgement.place])
         merged = deliver_merge(
             self._parts,
@@ -245,7 +254,7 @@ class _Run:
             self._config.base.name,
             output,
             objective={
-                "name": self._config.objective.name,
+                "name": objective_label(self._setup.objective),
                 "combine": self._config.objective.combine,
                 "loss": loss,
                 "per_expert": judgement.per_expert[judgement.place].tolist(),
@@ -257,11 +266,15 @@ class _Run:
                 "trace": TRACE_FILE,
                 "winner": winner.name,
                 "ended_by": facts.ended_by,
-                "evaluations": evaluations,
+                "evaluations": facts.evaluations,
             },
         )
         self._trace.event(
-            "merged", winner=winner.name, ended_by=facts.ended_by, elapsed_s=self._box.elapsed_s()
+            "merged",
+            winner=winner.name,
+            ended_by=facts.ended_by,
+            elapsed_s=self._box.elapsed_s(),
+            seconds=time.monotonic() - started_s,
         )
         return RunResult(
             adapters=self._parts.adapters,
@@ -270,7 +283,7 @@ class _Run:
             merged=merged,
             winner=winner.name,
             loss=loss,
-            evaluations=evaluations,
+            evaluations=facts.evaluations,
             ended_by=facts.ended_by,
             report=write_summary(facts),
         )

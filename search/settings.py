@@ -4,6 +4,7 @@ Knows names and ranges; not where files lie, nor what any setting does.
 """
 
 import re
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
@@ -117,6 +118,11 @@ class SearchSettings(ConfigSection):
     """Best candidates scored again on prompts that the search has not seen."""
     tokens_per_forward: Count | None = None
     """Tokens in one forward pass; chosen by device when not given."""
+
+    @property
+    def prior_path(self) -> Path:
+        """The prior's file, where there is one."""
+        return Path(self.prior or "")
 
     @field_validator("prior")
     @classmethod

@@ -1,25 +1,25 @@
 """What a search steers by: prompts, what the experts say on them, and two evaluators, one for the end.
 
-Knows the order of these steps, which adapters' prompts are too weak, and what the trace should say of it; not
+Knows the order of these steps, which adapters' prompts are too weak, and what the trace says of it; not
 optimisers, the clock or the configuration.
 """
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from search.evaluate import PopulationEvaluator, Scoring
-from search.experts import expert_signals
-from search.finalists import Finalist, make_references, stack_coefficients
-from search.groups import Groups
+from search.experts import TokenBudget, default_token_budget, expert_signals
+from search.finalists import Bounds, Finalist, make_references, stack_coefficients
 from search.loop import Scores
 from search.parts import Parts
-from search.prompts import PromptRequest, PromptSet, write_prompts
-from search.space import FloatArray, Space, make_space
+from search.prompts import PromptRequest, PromptSet, describe_prompts, read_prompts, write_prompts
+from search.space import FloatArray
 from search.trace import TraceWriter
 
 WEAK_RANGE = 0.5, 1.5
@@ -36,33 +36,43 @@ class WrittenPrompts:
     """Kept for the finalists."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class SteeringRequest:
+    """How candidates are to be measured."""
+
+    scoring: Scoring
+    weak_signal_nats: float
+    """An adapter that differs less from the base is confined to WEAK_RANGE / n_adapters."""
+    prior: FloatArray | None
+    """(n_groups, n_adapters) one more reference."""
+    recorded: Mapping[str, Any] | None
+    """The event `signals` of an earlier run: which adapters were weak is not decided anew."""
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Steering:
     """What candidates are measured by."""
 
-    space: Space
+    bounds: Bounds
     searched: PopulationEvaluator
     unseen: PopulationEvaluator
+    budget: TokenBudget
+    """Of both evaluators, with a record of each time memory ran out."""
     weak: tuple[str, ...]
     """Names of adapters whose prompts are too weak to steer by."""
     references: tuple[Finalist, ...]
-    """Base, uniform merge and every single expert."""
+    """Base, uniform merge, the prior if there is one, and every single expert."""
     reference_scores: Scores
-    """Of base and uniform merge, on the searched prompts."""
+    """Of all references but the single experts, on the searched prompts."""
     searched_candidate_s: float
     """Seconds that one candidate takes on the searched prompts."""
     unseen_candidate_s: float
     """Seconds that one candidate takes on the unseen prompts."""
 
-    @property
-    def back_offs(self) -> list[dict[str, int]]:
-        """Each time memory ran out while scoring."""
-        return [*self.searched.oom_events, *self.unseen.oom_events]
-
-    def start(self, value: float) -> FloatArray:
-        """Return first coefficients (n_groups, n_adapters): `value`, but 1 / n_adapters for weak adapters."""
-        weak = np.isfinite(self.space.low)
-        return np.broadcast_to(np.where(weak, 1 / len(weak), value), self.space.shape).copy()
+    def confine(self, start: FloatArray) -> FloatArray:
+        """Return first coefficients (n_groups, n_adapters), with 1 / n_adapters for weak adapters."""
+        weak = np.isfinite(self.bounds.low)
+        return np.where(weak, 1 / len(weak), start)
 
 
 def prepare_prompts(
@@ -71,13 +81,20 @@ def prepare_prompts(
     request: PromptRequest,
     n_searched: int,
     trace: TraceWriter,
+    recorded: Mapping[str, Any] | None,
 ) -> WrittenPrompts:
     """Write prompts, record them and split off those that the search does not see.
 
     Args:
         skeletons: (n_adapters,) each adapter's own skeletons.
         n_searched: prompts an adapter to search on; the rest of the request is unseen.
+        recorded: the event `prompts` of an earlier run, to be taken instead.
+
+    Raises:
+        InputError: if the recorded prompts do not have the hash that is recorded with them.
     """
+    if recorded is not None:
+        return WrittenPrompts(*read_prompts(recorded, parts.names))
     started_s = time.monotonic()
     prompts = write_prompts(
         parts.model, parts.base.tokenizer, parts.stacked, parts.groups, skeletons, request
@@ -86,78 +103,56 @@ def prepare_prompts(
     trace.event(
         "prompts",
         sha256=prompts.sha256,
-        searched=_describe_prompts(written.searched, parts.names),
-        unseen=_describe_prompts(written.unseen, parts.names),
+        searched=describe_prompts(written.searched, parts.names),
+        unseen=describe_prompts(written.unseen, parts.names),
         seconds=time.monotonic() - started_s,
     )
     return written
 
 
-def _describe_prompts(prompts: PromptSet, names: Sequence[str]) -> list[dict[str, object]]:
-    rows = zip(
-        prompts.expert.tolist(),
-        prompts.texts,
-        prompts.ids,
-        prompts.scored,
-        prompts.from_skeleton,
-        strict=True,
-    )
-    return [
-        {"expert": names[expert], "text": text, "ids": ids, "scored": scored, "from_skeleton": from_skeleton}
-        for expert, text, ids, scored, from_skeleton in rows
-    ]
-
-
 def prepare_steering(
-    parts: Parts, prompts: WrittenPrompts, scoring: Scoring, weak_signal_nats: float, trace: TraceWriter
+    parts: Parts, prompts: WrittenPrompts, request: SteeringRequest, trace: TraceWriter
 ) -> Steering:
-    """Take the experts' signals, confine weak adapters, and score base and uniform merge.
-
-    Args:
-        weak_signal_nats: an adapter that differs less from the base is confined to WEAK_RANGE / n_adapters.
-    """
+    """Take the experts' signals, confine weak adapters, and score the references that concern all experts."""
     started_s = time.monotonic()
     both = prompts.searched, prompts.unseen
-    budget = scoring.tokens_per_forward
-    signals = [
-        expert_signals(parts.model, parts.stacked, parts.groups, part, tokens_per_forward=budget)
-        for part in both
-    ]
+    tokens_per_forward = request.scoring.tokens_per_forward or default_token_budget(parts.model.device)
+    budget = TokenBudget(tokens_per_forward)
+    signals = [expert_signals(parts.model, parts.stacked, parts.groups, part, budget) for part in both]
     peak_kl = signals[0].peak_kl
-    is_weak = ~(peak_kl >= weak_signal_nats)  # NaN is weak too
-    space = confine_weak(parts.groups, is_weak)
+    is_weak = ~(peak_kl >= request.weak_signal_nats)  # NaN is weak too
+    if request.recorded is not None:
+        is_weak = np.isin(parts.names, request.recorded["weak"])
+    bounds = confine_weak(is_weak)
     weak = tuple(name for name, flag in zip(parts.names, is_weak, strict=True) if flag)
     trace.event(
         "signals",
         peak_kl_nats=peak_kl,
         peak_kl_nats_unseen=signals[1].peak_kl,
-        weak_signal_nats=weak_signal_nats,
+        weak_signal_nats=request.weak_signal_nats,
         weak=weak,
-        low=space.low,
-        high=space.high,
+        low=bounds.low,
+        high=bounds.high,
         seconds=time.monotonic() - started_s,
     )
-    _warn_of_weak_prompts(parts.names, peak_kl, is_weak, weak_signal_nats)
+    _warn_of_weak_prompts(parts.names, peak_kl, is_weak, request.weak_signal_nats)
     searched, unseen = (
-        PopulationEvaluator(parts.model, parts.stacked, space, part, its_signals, scoring)
-        for part, its_signals in zip(both, signals, strict=True)
+        PopulationEvaluator(parts.model, parts.stacked, parts.groups, part, own, request.scoring, budget)
+        for part, own in zip(both, signals, strict=True)
     )
-    references = make_references(parts.shape[0], parts.names)
-    scores, searched_candidate_s = _score_references(searched, references[:2], trace)
+    references = make_references(parts.shape[0], parts.names, request.prior)
+    n_general = len(references) - len(parts.names)
+    scores, searched_candidate_s = _score_references(searched, references[:n_general], trace)
     unseen_candidate_s = searched_candidate_s * prompts.unseen.n_tokens / prompts.searched.n_tokens
     return Steering(
-        space, searched, unseen, weak, references, scores, searched_candidate_s, unseen_candidate_s
+        bounds, searched, unseen, budget, weak, references, scores, searched_candidate_s, unseen_candidate_s
     )
 
 
-def confine_weak(groups: Groups, is_weak: NDArray[np.bool_]) -> Space:
-    """Return the search space: weak adapters (n_adapters,) stay near the uniform merge, others are free."""
-    n_adapters = len(is_weak)
-    low, high = (
-        np.where(is_weak, factor / n_adapters, free)
-        for factor, free in zip(WEAK_RANGE, (-np.inf, np.inf), strict=True)
-    )
-    return make_space(groups, n_adapters, low=low, high=high)
+def confine_weak(is_weak: NDArray[np.bool_]) -> Bounds:
+    """Return the bounds of all adapters: weak ones (n_adapters,) stay near uniform, others are free."""
+    factors = zip(WEAK_RANGE, (-np.inf, np.inf), strict=True)
+    return Bounds(*(np.where(is_weak, factor / len(is_weak), free) for factor, free in factors))
 
 
 def _warn_of_weak_prompts(

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from search.finalists import Judgement
-from search.loop import EndedBy, SearchOutcome
+from search.loop import EndedBy
 from search.space import FloatArray
 
 ENDINGS: dict[EndedBy, str] = {
@@ -28,7 +28,8 @@ class RunFacts:
     names: Sequence[str]
     """(n_adapters,)."""
     judgement: Judgement
-    outcome: SearchOutcome
+    evaluations: int
+    generations: int
     ended_by: EndedBy
     """Of the run; the finalists may be interrupted where the search was not."""
     n_unseen: Sequence[int]
@@ -41,14 +42,14 @@ class RunFacts:
 
 def write_summary(facts: RunFacts) -> str:
     """Return the report, without a last line end."""
-    judgement, outcome = facts.judgement, facts.outcome
+    judgement = facts.judgement
     agreement = judgement.agreements.get(judgement.place)  # counted on unseen prompts only
     prompts = "the prompts searched on" if agreement is None else "prompts that the search has not seen"
     rivals = ", ".join(f"{name} {loss:.4f}" for name, loss in judgement.rivals.items())
     loss = judgement.losses[judgement.place]
     lines = [
         f"winner: {judgement.winner.name}, loss {loss:.4f} on {prompts} ({rivals})",
-        f"search: {outcome.evaluations} evaluations in {outcome.generations} generations, "
+        f"search: {facts.evaluations} evaluations in {facts.generations} generations, "
         f"ended by {ENDINGS[facts.ended_by]}",
         *_describe_experts(facts, agreement),
     ]

@@ -1,0 +1,160 @@
+"""Everything before the search: weights, prior, prompts and what candidates are measured by.
+
+Knows settings and the order of these steps; not the search, the clock or what becomes of the winner.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from search.adapters import load_adapter
+from search.base import LoadedBase, load_base
+from search.config import SearchConfig, config_hash
+from search.evaluate import Scoring
+from search.files import sha256_file
+from search.objective import Objective, objective_label
+from search.parts import Parts, assemble_parts, identify_parts
+from search.planning import choose_optimizer, finest_grouping, plan_stages
+from search.plugin import load_objective
+from search.priors import NeutralStart, PriorStart, load_prior, start_from_prior
+from search.prompts import PromptRequest
+from search.provenance import checkout_commit, library_versions
+from search.resume import Record
+from search.space import FloatArray
+from search.stages import Stage
+from search.steering import (
+    Steering,
+    SteeringRequest,
+    WrittenPrompts,
+    confine_weak,
+    prepare_prompts,
+    prepare_steering,
+)
+from search.trace import TraceWriter
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Setup:
+    """What a run is made of, checked, before anything is computed or written."""
+
+    config: SearchConfig
+    parts: Parts
+    objective: Objective
+    first: PriorStart
+    """First coefficients and their spread; neutral where there is no prior."""
+    prior: dict[str, str] | None
+    """`source` and `sha256` of the prior's file."""
+
+    def describe(self) -> dict[str, Any]:
+        """Return the trace's header: what the run depends on."""
+        return {
+            "config": self.config.model_dump(mode="json"),
+            "config_sha256": config_hash(self.config),
+            "seed": self.config.search.seed,
+            "objective": objective_label(self.objective),
+            "prior": self.prior,
+            **identify_parts(self.parts),
+            "versions": library_versions(),
+            "commit": checkout_commit(),
+        }
+
+    def describe_prior(self) -> dict[str, Any] | None:
+        """Return the prior's file and which adapters it does not know; None where there is no prior."""
+        return {**self.prior, "missing": self.first.missing} if self.prior else None
+
+    def write_prompts(self, trace: TraceWriter, record: Record) -> WrittenPrompts:
+        """Write the prompts, or take those that an earlier run recorded."""
+        settings = self.config.prompts
+        request = PromptRequest(
+            per_adapter=settings.per_adapter + settings.unseen_per_adapter,
+            temperature=settings.temperature,
+            max_new_tokens=settings.max_new_tokens,
+            max_slot_tokens=settings.max_slot_tokens,
+            seed=self.config.search.seed,
+            positions=self.config.objective.positions,
+        )
+        skeletons = [adapter.skeletons for adapter in self.config.adapters]
+        recorded = record.event("prompts")
+        return prepare_prompts(self.parts, skeletons, request, settings.per_adapter, trace, recorded)
+
+    def steer(self, prompts: WrittenPrompts, trace: TraceWriter, record: Record) -> Steering:
+        """Take the experts' signals and score the references."""
+        objective = self.config.objective
+        scoring = Scoring(
+            objective=self.objective,
+            combine=objective.combine,
+            tokens_per_forward=self.config.search.tokens_per_forward,
+        )
+        request = SteeringRequest(
+            scoring=scoring,
+            weak_signal_nats=objective.weak_signal_nats,
+            prior=self.first.start if self.prior else None,
+            recorded=record.event("signals"),
+        )
+        return prepare_steering(self.parts, prompts, request, trace)
+
+    def plan(self, steering: Steering) -> list[Stage]:
+        """Return the stages of the search."""
+        return plan_stages(self.config, self.parts.groups, len(self.parts.names), steering.bounds)
+
+
+def load_setup(
+    config: SearchConfig, base: LoadedBase | None = None, objective: Objective | None = None
+) -> Setup:
+    """Load adapters, base, prior and objective, and check that they fit and the optimiser can be had.
+
+    Args:
+        base: the configured base, if it is loaded already.
+        objective: in place of the configured one.
+
+    Raises:
+        InputError: for weights, files or settings that do not fit.
+    """
+    objective = objective or load_objective(config.objective.name)
+    adapters = [
+        load_adapter(a.source, revision=a.revision, name=a.name, allow_pickle=a.allow_pickle)
+        for a in config.adapters
+    ]
+    base = base or load_base(
+        config.base.source, revision=config.base.revision, device=config.device, dtype=config.base.dtype
+    )
+    parts = assemble_parts(
+        base,
+        adapters,
+        base_name=config.base.name,
+        kind=finest_grouping(config.search),
+        layers_per_block=config.search.space.layers_per_block,
+    )
+    first, prior = _choose_start(config, parts)
+    setup = Setup(config, parts, objective, first, prior)
+    _check_optimizer(setup)
+    return setup
+
+
+def _choose_start(config: SearchConfig, parts: Parts) -> tuple[PriorStart, dict[str, str] | None]:
+    """Return the neutral start, or the prior's."""
+    settings = config.search
+    start: FloatArray = np.full(parts.shape, settings.start)
+    spread: FloatArray = np.full(parts.shape, settings.sigma)
+    if settings.prior is None:
+        return PriorStart(start, spread, ()), None
+    neutral = NeutralStart(
+        names=parts.names,
+        hashes=[adapter.sha256 for adapter in parts.adapters],
+        groups=parts.groups.names,
+        start=start,
+        spread=spread,
+    )
+    prior = load_prior(path := settings.prior_path)
+    first = start_from_prior(prior, neutral, allow_changed=settings.allow_changed_adapters)
+    return first, {"source": str(path), "sha256": sha256_file(path)}
+
+
+def _check_optimizer(setup: Setup) -> None:
+    """Refuse an optimiser that cannot search one of the stages (InputError)."""
+    nobody_weak = confine_weak(np.zeros(len(setup.parts.names), dtype=bool))
+    settings = setup.config.search
+    for stage in plan_stages(setup.config, setup.parts.groups, len(setup.parts.names), nobody_weak):
+        genome = np.zeros(stage.space.n_params)
+        choose_optimizer(settings).make(genome, np.ones_like(genome), settings.max_evaluations, 0)

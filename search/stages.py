@@ -1,0 +1,229 @@
+"""Search coarse to fine: stage after stage, each in its own space, carrying the best and the spread along.
+
+Knows spaces, optimisers and the loop; not models, prompts or what becomes of the outcome.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import numpy as np
+
+from search.loop import Before, EndedBy, Engine, Limits, Past, SearchTools, search_loop
+from search.optimizer import BatchOptimizer
+from search.racing import BlockScores
+from search.space import FloatArray, Space
+from search.trace import TraceWriter
+
+LEAST_SPREAD = 0.5
+"""Of the first spread: a coarse search has not tried the finer directions, so says little of them."""
+
+
+class TableEvaluator(Protocol):
+    """Scores coefficients on blocks of prompts."""
+
+    n_blocks: int
+
+    def score_blocks(self, coefficients: FloatArray, blocks: Sequence[int]) -> BlockScores:
+        """Score coefficients (n_candidates, n_groups, n_adapters) on the prompts of some blocks."""
+        ...
+
+    def combine(self, sums: FloatArray, counts: FloatArray) -> tuple[FloatArray, FloatArray]:
+        """Turn sums (n_candidates, n_experts) into losses and per_expert."""
+        ...
+
+
+class GenomeEvaluator:
+    """Decodes genomes of one space for an evaluator of coefficients."""
+
+    def __init__(self, space: Space, evaluator: TableEvaluator) -> None:
+        self._space, self._evaluator = space, evaluator
+
+    @property
+    def n_blocks(self) -> int:
+        """How many blocks of prompts there are."""
+        return self._evaluator.n_blocks
+
+    def score_blocks(self, genomes: FloatArray, blocks: Sequence[int]) -> BlockScores:
+        """Score genomes (n_candidates, n_params)."""
+        return self._evaluator.score_blocks(self._space.to_coefficients(genomes), blocks)
+
+    def combine(self, sums: FloatArray, counts: FloatArray) -> tuple[FloatArray, FloatArray]:
+        """Turn sums into losses."""
+        return self._evaluator.combine(sums, counts)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stage:
+    """One space to search in, and its share of the search."""
+
+    space: Space
+    share: float
+    """Of evaluations and seconds, relative to the other stages'."""
+    settings: Mapping[str, Any]
+    """What the trace says of the space."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OptimizerChoice:
+    """Which optimiser, and how large its generations are."""
+
+    name: str
+    n_candidates: int
+    seed: int
+
+    @property
+    def takes_injections(self) -> bool:
+        """Whether a genome can be put into a generation."""
+        return "CMA" in self.name
+
+    def make(self, start: FloatArray, spread: FloatArray, budget: int, stage: int) -> BatchOptimizer:
+        """Start one at a genome (n_params,), for `budget` evaluations."""
+        seed = (self.seed + stage) % 2**32
+        return BatchOptimizer(start, spread, self.n_candidates, budget, seed, self.name)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Found:
+    """What all stages found, as coefficients of the run's groups."""
+
+    archive: FloatArray
+    """(k, n_groups, n_adapters) the best of all stages, best first."""
+    archive_losses: FloatArray
+    """(k,)."""
+    archive_per_expert: FloatArray
+    """(k, n_experts)."""
+    mean: FloatArray
+    """(n_groups, n_adapters) where the last stage's distribution is centred."""
+    spread: FloatArray
+    """(n_groups, n_adapters) its standard deviation."""
+    evaluations: int
+    generations: int
+    ended_by: EndedBy
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StagedSearch:
+    """What all stages share."""
+
+    stages: Sequence[Stage]
+    choice: OptimizerChoice
+    limits: Limits
+    evaluator: TableEvaluator
+    search_s: float
+    """Seconds for all stages together."""
+    past_of: Callable[[int], Past]
+    """What the trace already knows of a stage."""
+    inject_every: int
+    """Generations from one improved mean, put into the population, to the next; 0 for none."""
+    improve: Callable[[FloatArray], FloatArray]
+    """From coefficients (n_groups, n_adapters) to better ones."""
+
+
+def run_stages(search: StagedSearch, start: FloatArray, spread: FloatArray, tools: SearchTools) -> Found:
+    """Run the stages one after the other, from coefficients and spread (n_groups, n_adapters).
+
+    Optimiser, evaluator and proposals are made anew for each stage.
+    """
+    first_spread, total = spread, sum(stage.share for stage in search.stages)
+    founds: list[Found] = []
+    best, before = np.empty((0, *start.shape)), Before()
+    spent = 0.0
+    for index, stage in enumerate(search.stages):
+        spent += stage.share
+        later_s = search.search_s * (1 - spent / total)
+        n_left = round(search.limits.max_evaluations * spent / total) - before.evaluations
+        limits = replace(search.limits, max_evaluations=n_left)
+        tools.timebox.reserve("later stages", max(0.0, later_s))
+        _record_start(tools, stage, before, start, spread)
+        found = _run_stage(search, stage, _Start(start, spread, best, limits, before), tools)
+        founds.append(found)
+        _record_end(tools.trace, index, found, tools.timebox.elapsed_s())
+        if found.ended_by == "interrupt":
+            break
+        before = Before(index + 1, found.generations, found.evaluations)
+        best = found.archive[:1]  # empty where no loss was finite
+        start = found.mean if search.choice.takes_injections or not len(best) else best[0]
+        spread = np.maximum(found.spread, LEAST_SPREAD * first_spread)
+    tools.timebox.release("later stages")
+    return _join(founds, search.limits.n_finalists)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Start:
+    coefficients: FloatArray
+    spread: FloatArray
+    best: FloatArray
+    """(0 or 1, n_groups, n_adapters) of the stage before."""
+    limits: Limits
+    before: Before
+
+
+def _run_stage(search: StagedSearch, stage: Stage, start: _Start, tools: SearchTools) -> Found:
+    space, before = stage.space, start.before
+    genome, genome_spread = space.encode(start.coefficients, start.spread)
+    optimizer = search.choice.make(genome, genome_spread, start.limits.max_evaluations, before.stage)
+
+    def propose(generation: int, mean: FloatArray) -> FloatArray:
+        tables = start.best if generation == 0 and search.choice.takes_injections else start.best[:0]
+        if search.inject_every and generation % search.inject_every == search.inject_every - 1:
+            tables = search.improve(space.to_coefficients(mean[None])[0])[None]
+        return np.array([space.encode(table, start.spread)[0] for table in tables]).reshape(-1, len(mean))
+
+    engine = Engine(optimizer, GenomeEvaluator(space, search.evaluator), propose)
+    outcome = search_loop(engine, tools, start.limits, before=before, past=search.past_of(before.stage))
+    rng = np.random.default_rng([search.choice.seed, before.stage])
+    return Found(
+        archive=space.to_coefficients(outcome.archive_genomes),
+        archive_losses=outcome.archive_losses,
+        archive_per_expert=outcome.archive_per_expert,
+        mean=space.to_coefficients(outcome.mean_genome[None])[0],
+        spread=space.spread_of(outcome.mean_genome, optimizer.spread(), rng),
+        evaluations=before.evaluations + outcome.evaluations,
+        generations=before.generations + outcome.generations,
+        ended_by=outcome.ended_by,
+    )
+
+
+def _record_start(
+    tools: SearchTools, stage: Stage, before: Before, start: FloatArray, spread: FloatArray
+) -> None:
+    tools.trace.event(
+        "stage",
+        index=before.stage,
+        space=stage.settings,
+        n_params=stage.space.n_params,
+        first_generation=before.generations,
+        start=start,
+        spread=spread,
+        left_s=tools.timebox.left_s(),
+    )
+
+
+def _record_end(trace: TraceWriter, index: int, found: Found, elapsed_s: float) -> None:
+    trace.event(
+        "stage_ended",
+        index=index,
+        ended_by=found.ended_by,
+        generations=found.generations,
+        evaluations=found.evaluations,
+        elapsed_s=elapsed_s,
+    )
+
+
+def _join(founds: Sequence[Found], n_finalists: int) -> Found:
+    """Keep the best of all stages' archives, which were scored on the same prompts, and the last mean.
+
+    The clock ended the search if it ended any stage: then it cannot be repeated.
+    """
+    losses = np.concatenate([found.archive_losses for found in founds])
+    best = np.argsort(losses, kind="stable")[:n_finalists]
+    by_clock = founds[-1].ended_by == "evaluations" and any(found.ended_by == "clock" for found in founds)
+    with_experts = [found.archive_per_expert for found in founds if len(found.archive_losses)]
+    return replace(
+        founds[-1],
+        archive=np.concatenate([found.archive for found in founds])[best],
+        archive_losses=losses[best],
+        archive_per_expert=np.concatenate(with_experts)[best] if with_experts else np.empty((0, 0)),
+        ended_by="clock" if by_clock else founds[-1].ended_by,
+    )
