@@ -3,18 +3,22 @@
 Knows parts, coefficients and file names; not how the coefficients were found.
 """
 
+import logging
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
+from search.card import VLLM_DEFAULT_RANK, VLLM_RANKS, vllm_rank, write_card
 from search.files import write_json
-from search.merge import MergedAdapter, MergeRecord, coefficients_document, merge_adapters, write_adapter
+from search.merge import MergedAdapter, Papers, merge_adapters, write_adapter
 from search.parts import Parts, identify_base
+from search.recorded import COEFFICIENTS_FILE, MergeRecord, coefficients_document
+from search.recorded import TRACE_FILE as TRACE_FILE
 from search.space import FloatArray
 
 METHOD = "concord"
-ADAPTER_FOLDER, COEFFICIENTS_FILE, TRACE_FILE = "adapter", "coefficients.json", "trace.jsonl"
+ADAPTER_FOLDER = "adapter"
 
 
 def merge_parts(parts: Parts, coefficients: FloatArray, base_name: str) -> MergedAdapter:
@@ -45,16 +49,40 @@ def deliver_merge(
     objective: dict[str, Any],
     provenance: dict[str, Any],
 ) -> MergedAdapter:
-    """Merge, and write the adapter and coefficients.json.
+    """Merge, and write the adapter with its card, and coefficients.json.
 
     Raises:
         InputError: if they cannot be written.
     """
     merged = merge_parts(parts, coefficients, base_name)
-    write_adapter(merged, output / ADAPTER_FOLDER)
-    record = MergeRecord(
-        method=METHOD, base=identify_base(parts.base), objective=objective, provenance=provenance
-    )
+    base = {**identify_base(parts.base), "name": base_name}
+    record = MergeRecord(method=METHOD, base=base, objective=objective, provenance=provenance)
     document = coefficients_document(parts.adapters, coefficients, parts.groups, record)
+    deliver_adapter(merged, document, output / ADAPTER_FOLDER)
     write_json(output / COEFFICIENTS_FILE, document)
     return merged
+
+
+def deliver_adapter(
+    merged: MergedAdapter, document: dict[str, Any], folder: Path, relative_error: float | None = None
+) -> None:
+    """Write an adapter with its card and coefficients, and say what vLLM needs to take it.
+
+    Args:
+        document: the content of coefficients.json.
+        relative_error: of the cut to a smaller rank, where there was one.
+
+    Raises:
+        InputError: if it cannot be written.
+    """
+    rank, base_name = merged.config["r"], merged.config["base_model_name_or_path"]
+    card = write_card(document, base_name=base_name, rank=rank, relative_error=relative_error)
+    write_adapter(merged, folder, Papers(card, document))
+    allowed = vllm_rank(rank)
+    logger = logging.getLogger(__name__)
+    if allowed is None:
+        largest = VLLM_RANKS[-1]
+        cut = f"python -m search merge {folder / COEFFICIENTS_FILE} -o DIR --rank {largest}"
+        logger.warning("%s: rank %d is more than vLLM takes (%d). For vLLM: %s", folder, rank, largest, cut)
+    elif allowed > VLLM_DEFAULT_RANK:
+        logger.info("%s: rank %d; serve it with vllm serve ... --max-lora-rank %d", folder, rank, allowed)

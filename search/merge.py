@@ -4,9 +4,13 @@ Knows adapters, groups and files; not how the coefficients were found.
 """
 
 import json
+import os
+import shutil
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +23,15 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from search.adapters import CONFIG_FILE, WEIGHTS_FILE, Adapter, Factors
+from search.card import CARD_FILE, is_our_card
 from search.errors import InputError
-from search.files import atomic_write
+from search.files import atomic_write, write_json
 from search.groups import Groups
+from search.provenance import library_versions
+from search.recorded import COEFFICIENTS_FILE, check_coefficients
 from search.stack import StackedModule, at_least_float32, stack_module
 
-COEFFICIENTS_SCHEMA = 1
+_PREFIX, _A, _B = "base_model.model.", ".lora_A.weight", ".lora_B.weight"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -36,18 +43,21 @@ class MergedAdapter:
     config: dict[str, Any]
     """The content of adapter_config.json."""
 
+    @property
+    def modules(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """Module name -> its A (rank, d_in) and B (d_out, rank)."""
+        names = [key[len(_PREFIX) : -len(_A)] for key in self.state_dict if key.endswith(_A)]
+        return {name: tuple(self.state_dict[_PREFIX + name + end] for end in (_A, _B)) for name in names}  # type: ignore[misc]
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MergeRecord:
-    """Where a merge comes from, as coefficients.json records it."""
 
-    method: str
-    base: dict[str, Any]
-    """id, revision, sha256."""
-    objective: dict[str, Any]
-    """name, loss, per_expert."""
-    provenance: dict[str, Any]
-    """commit, versions, seed, trace."""
+@dataclass(frozen=True, slots=True, eq=False)
+class Papers:
+    """What goes with an adapter for people and programs."""
+
+    card: str
+    """README.md, from `write_card`."""
+    document: dict[str, Any]
+    """The content of coefficients.json."""
 
 
 def merge_adapters(
@@ -67,31 +77,25 @@ def merge_adapters(
         coefficients: (n_groups, n_adapters).
         dtype: of the written tensors; products are taken in float32 at least.
     """
-    table = _check_coefficients(coefficients, groups, len(adapters))
+    table = check_coefficients(coefficients, groups, len(adapters))
     merged = {}
     for name in _touched_modules(adapters):
         module = _mix_module(name, adapters, table[groups.group_of[name]])
         if module is not None:
-            merged[name] = module
-    merged = merged or _zero_module(adapters)
+            merged[name] = module.A, module.B
+    return pack_adapter(merged or _zero_module(adapters), base_name, dtype)
+
+
+def pack_adapter(
+    modules: Mapping[str, tuple[Tensor, Tensor]], base_name: str, dtype: torch.dtype
+) -> MergedAdapter:
+    """Give factors, A (rank, d_in) and B (d_out, rank) by module, PEFT's names, config and a type."""
     tensors = {}
-    for name, module in merged.items():
-        tensors[f"base_model.model.{name}.lora_A.weight"] = module.A.to(dtype).contiguous()
-        tensors[f"base_model.model.{name}.lora_B.weight"] = module.B.to(dtype).contiguous()
-    ranks = {name: module.A.shape[0] for name, module in merged.items()}
+    for name, (A, B) in modules.items():
+        tensors[_PREFIX + name + _A] = A.to(dtype).contiguous()
+        tensors[_PREFIX + name + _B] = B.to(dtype).contiguous()
+    ranks = {name: A.shape[0] for name, (A, _) in modules.items()}
     return MergedAdapter(tensors, _peft_config(ranks, base_name))
-
-
-def _check_coefficients(coefficients: ArrayLike, groups: Groups, n_adapters: int) -> NDArray[np.float64]:
-    table = np.asarray(coefficients, dtype=np.float64)
-    expected = (len(groups.names), n_adapters)
-    if table.shape != expected:
-        raise ValueError(
-            f"coefficients have shape {table.shape}, expected (n_groups, n_adapters) = {expected}"
-        )
-    if not np.isfinite(table).all():
-        raise ValueError(f"{np.sum(~np.isfinite(table))} of {table.size} coefficients are not finite")
-    return table
 
 
 def _touched_modules(adapters: Sequence[Adapter]) -> list[str]:
@@ -111,11 +115,10 @@ def _mix_module(
     return stack_module(factors) if any(factors) else None
 
 
-def _zero_module(adapters: Sequence[Adapter]) -> dict[str, StackedModule]:
+def _zero_module(adapters: Sequence[Adapter]) -> dict[str, tuple[Tensor, Tensor]]:
     """One module at rank 1, all zeros: the merge that is the base, since PEFT loads no empty adapter."""
     name, f = next(iter(adapters[0].modules.items()))
-    nothing = torch.zeros(1, f.A.shape[1]), torch.zeros(f.B.shape[0], 1)
-    return {name: StackedModule(*nothing, torch.zeros(1, dtype=torch.int64))}
+    return {name: (torch.zeros(1, f.A.shape[1]), torch.zeros(f.B.shape[0], 1))}
 
 
 def _peft_config(ranks: dict[str, int], base_name: str) -> dict[str, Any]:
@@ -141,26 +144,94 @@ def _peft_config(ranks: dict[str, int], base_name: str) -> dict[str, Any]:
     }
 
 
-def write_adapter(merged: MergedAdapter, folder: Path) -> None:
-    """Write a folder that PEFT loads, whole or not at all; an adapter that is there is replaced.
+def write_adapter(merged: MergedAdapter, folder: Path, papers: Papers | None = None) -> None:
+    """Write a folder that PEFT and vLLM load, whole or not at all; an adapter that is there is replaced.
+
+    The safetensors metadata names the base and, with papers, the winner and the SHA-256 of
+    json.dumps(document["coefficients"]).
 
     Raises:
         InputError: the folder holds something else, or cannot be written.
     """
     refuse_strangers(folder)
-    with atomic_write(folder) as temporary:
-        temporary.mkdir()
+    with replace_folder(folder) as temporary:
         text = json.dumps(merged.config, indent=2, sort_keys=False)
         (temporary / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
-        try:
-            save_file(merged.state_dict, temporary / WEIGHTS_FILE, metadata={"format": "pt"})
-        except SafetensorError as error:
-            raise OSError(str(error)) from error  # a full disk, for one
+        save_file(merged.state_dict, temporary / WEIGHTS_FILE, _metadata(merged, papers))
+        _sort_header(temporary / WEIGHTS_FILE)
+        if papers:
+            write_papers(papers, temporary)
+
+
+def write_papers(papers: Papers, folder: Path) -> None:
+    """Write README.md and coefficients.json into a folder."""
+    (folder / CARD_FILE).write_text(papers.card, encoding="utf-8", errors="replace")
+    write_json(folder / COEFFICIENTS_FILE, papers.document)
+
+
+def _metadata(merged: MergedAdapter, papers: Papers | None) -> dict[str, str]:
+    facts = {
+        "format": "pt",
+        "concord": library_versions()["concord"],
+        "base_model": merged.config["base_model_name_or_path"],
+    }
+    if papers:
+        facts["winner"] = papers.document["provenance"].get("winner")
+        table = json.dumps(papers.document["coefficients"])
+        facts["coefficients_sha256"] = sha256(table.encode()).hexdigest()
+    return {key: str(value) for key, value in facts.items() if value is not None}
+
+
+def _sort_header(path: Path) -> None:
+    """Put the header of a safetensors file in order, so that equal merges are equal files.
+
+    Its writer keeps metadata in a hash map, whose order changes from call to call.
+    """
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+        if len(text) <= size:
+            file.seek(8)
+            file.write(text.ljust(size))
+
+
+@contextmanager
+def replace_folder(folder: Path) -> Iterator[Path]:
+    """Yield an empty folder beside `folder` that takes its place on success, and is removed otherwise.
+
+    What was there is moved aside first and deleted last, so that a failure leaves one of the two whole.
+
+    Raises:
+        InputError: if it cannot be written, or the disk is full.
+    """
+    folder = folder.resolve()
+    aside = folder.with_name(f".{folder.name}.{os.getpid()}.replaced")
+    try:
+        with atomic_write(folder) as temporary:
+            temporary.mkdir()
+            try:
+                yield temporary
+            except SafetensorError as error:
+                raise OSError(str(error)) from error  # a full disk, for one
+            if folder.is_dir():
+                folder.rename(aside)
+    except BaseException:
+        if aside.is_dir():
+            aside.rename(folder)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def refuse_strangers(folder: Path) -> None:
-    """Refuse (InputError) a folder that holds anything but an adapter, which `write_adapter` would delete."""
+    """Refuse (InputError) a folder that holds anything but an adapter, which `write_adapter` would delete.
+
+    README.md and coefficients.json belong to the adapter only where the card is one of ours.
+    """
     ours = {CONFIG_FILE, WEIGHTS_FILE}
+    if is_our_card(folder / CARD_FILE):
+        ours |= {CARD_FILE, COEFFICIENTS_FILE}
     strangers = sorted({path.name for path in folder.iterdir()} - ours) if folder.is_dir() else []
     if strangers:
         raise InputError(
@@ -178,7 +249,7 @@ def fold_adapters(
     Args:
         coefficients: (n_groups, n_adapters).
     """
-    table = _check_coefficients(coefficients, groups, len(adapters))
+    table = check_coefficients(coefficients, groups, len(adapters))
     layers = dict(model.named_modules())
     uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
     for name in _touched_modules(adapters):
@@ -194,35 +265,3 @@ def fold_adapters(
         delta = module.B @ module.A  # (d_out, d_in)
         with torch.no_grad():
             weight.copy_(weight.to(delta.dtype) + (delta.T if isinstance(layer, Conv1D) else delta))
-
-
-def coefficients_document(
-    adapters: Sequence[Adapter], coefficients: ArrayLike, groups: Groups, record: MergeRecord
-) -> dict[str, Any]:
-    """Return the content of coefficients.json: what it takes to redo the merge, and where it is from."""
-    table = _check_coefficients(coefficients, groups, len(adapters))
-    members: dict[str, list[str]] = {name: [] for name in groups.names}
-    for module, index in groups.group_of.items():
-        members[groups.names[index]].append(module)
-    return {
-        "schema": COEFFICIENTS_SCHEMA,
-        "method": record.method,
-        "base": record.base,
-        "adapters": [_describe_adapter(adapter) for adapter in adapters],
-        "groups": members,
-        "coefficients": table.tolist(),
-        "objective": record.objective,
-        "provenance": record.provenance,
-    }
-
-
-def _describe_adapter(adapter: Adapter) -> dict[str, Any]:
-    """Ranks and scalings are lists: the distinct values over its modules."""
-    return {
-        "name": adapter.name,
-        "id": adapter.source,
-        "revision": adapter.revision,
-        "sha256": adapter.sha256,
-        "rank": sorted({f.A.shape[0] for f in adapter.modules.values()}),
-        "scaling": sorted({f.scaling for f in adapter.modules.values()}),
-    }

@@ -3,13 +3,19 @@
 Knows nothing of search; same loading, folding and files as the method it is compared with.
 """
 
+from typing import Any
+
 import numpy as np
 
 from llm_merging.merging.Merges import Merges
 from search.adapters import check_adapter
+from search.delivery import ADAPTER_FOLDER, deliver_adapter
 from search.files import write_json
 from search.groups import group_modules
-from search.merge import MergeRecord, coefficients_document, fold_adapters, merge_adapters, write_adapter
+from search.merge import fold_adapters, merge_adapters
+from search.parts import identify_base
+from search.provenance import checkout_commit, library_versions
+from search.recorded import COEFFICIENTS_FILE, MergeRecord, coefficients_document
 
 
 class UniformAverage(Merges):
@@ -27,14 +33,17 @@ class UniformAverage(Merges):
         merged = merge_adapters(
             adapters, coefficients, groups, base_name=base_name, dtype=self.base_model.dtype
         )
-        write_adapter(merged, self.output / "adapter")
-        record = MergeRecord(method=self.name, base=self._describe_base(), objective={}, provenance={})
-        write_json(
-            self.output / "coefficients.json", coefficients_document(adapters, coefficients, groups, record)
-        )
+        document = coefficients_document(adapters, coefficients, groups, self._record())
+        deliver_adapter(merged, document, self.output / ADAPTER_FOLDER)
+        write_json(self.output / COEFFICIENTS_FILE, document)
         fold_adapters(self.base_model, adapters, coefficients, groups)
         self.merged_model = merged.state_dict
 
-    def _describe_base(self) -> dict[str, str | None]:
-        base = self.loaded_base
-        return {"id": base.source, "revision": base.revision, "sha256": base.sha256} if base else {}
+    def _record(self) -> MergeRecord:
+        base: dict[str, Any] = identify_base(self.loaded_base) if self.loaded_base else {}
+        return MergeRecord(
+            method=self.name,
+            base={**base, "name": self.config.base.name},
+            objective={},
+            provenance={"commit": checkout_commit(), "versions": library_versions()},
+        )
