@@ -70,7 +70,7 @@ def match_spread(
         spread: positive, of the same shape.
     """
     if transform is _IDENTITY:
-        return spread.copy()
+        return spread
     nodes, weights = np.polynomial.hermite_e.hermegauss(N_NODES)
     weights /= weights.sum()
     first_order = spread / np.maximum(transform.slope(raw), 1e-30)

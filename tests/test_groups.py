@@ -147,6 +147,8 @@ def test_groups_that_do_not_nest_are_named():
         nest_groups(blocks, layers)
     with pytest.raises(ValueError, match="only one of them holds 'lm_head'"):
         nest_groups(group_modules([*LLAMA, "lm_head"], "layer"), blocks)
+    with pytest.raises(ValueError, match="only one of them holds 'lm_head'"):
+        nest_groups(layers, group_modules([*LLAMA, "lm_head"], "block"))
     with pytest.raises(ValueError, match=r"'b' lies in 0 coarse groups \[\], expected one"):
         nest_groups(Groups(("a", "b"), {"x": 0}), Groups(("m",), {"x": 0}))
     with pytest.raises(ValueError, match="coarse group 'n' holds no module"):

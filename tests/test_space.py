@@ -246,6 +246,14 @@ def test_coefficients_spread_by_about_what_was_asked(layout, value):
         np.testing.assert_allclose(found, 0.05, rtol=0.2)
 
 
+@pytest.mark.parametrize("shared_profile", [True, False])
+def test_knots_spread_as_coefficients_over_the_size_of_their_weights_and_at_most_by_1(shared_profile):
+    space = space_of(layout=Layout(genome="profile", shared_profile=shared_profile))
+    table = np.tile([0.5, -0.5, 0.5], (13, 1))
+    np.testing.assert_allclose(encode(space, table, 0.1)[1], [0.1] * 3 + [0.2] * (space.n_params - 3))
+    np.testing.assert_allclose(encode(space, table, 0.8)[1], [0.8] * 3 + [1.0] * (space.n_params - 3))
+
+
 def test_a_spread_is_measured_after_box_and_transform():
     space = make_space(group_modules(LLAMA, "layer"), 2, low=[0, -np.inf], high=[0, np.inf])
     found = space.spread_of(np.zeros(6), np.full(6, 0.2), np.random.default_rng(0), n_samples=4000)

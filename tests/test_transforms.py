@@ -81,9 +81,9 @@ def test_a_plain_signed_number_spreads_as_its_coefficient_to_the_last_bit():
 
 @every_transform
 def test_a_small_spread_is_divided_by_the_slope(name):
-    raw, spread = np.array([-0.3, 0.0, 0.4]), np.full(3, 1e-5)
-    expected = spread / TRANSFORMS[name].slope(raw)
-    np.testing.assert_allclose(match_spread(TRANSFORMS[name], raw, spread), expected, rtol=1e-5)
+    transform, raw = TRANSFORMS[name], np.array([-1.5, -0.3, 0.0, 0.4])
+    found = match_spread(transform, raw, 1e-5 * transform.slope(raw))
+    np.testing.assert_allclose(found, 1e-5, rtol=1e-5)
 
 
 @every_transform
