@@ -14,7 +14,6 @@ from search.files import write_json
 from search.merge import MergedAdapter, Papers, merge_adapters, write_adapter
 from search.parts import Parts, identify_base
 from search.recorded import COEFFICIENTS_FILE, MergeRecord, coefficients_document
-from search.recorded import TRACE_FILE as TRACE_FILE
 from search.space import FloatArray
 
 METHOD = "concord"

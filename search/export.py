@@ -198,7 +198,7 @@ def _export_dense(loaded: _Loaded, record: Path, output: Path, dtype: str) -> Ex
 def _save_model(base: LoadedBase, folder: Path) -> None:
     """Save model and tokenizer, the tokenizer and the defaults of generation as the base's folder has them.
 
-    The latter are copied: transformers reads some of them but refuses to write them.
+    The latter are copied: transformers 5.17 reads some of them but refuses to write them.
     """
     model: Any = base.model
     origin = Path(model.name_or_path)

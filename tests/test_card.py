@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 from huggingface_hub import ModelCard, metadata_load
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from search.card import CARD_FILE, VLLM_RANKS, is_our_card, vllm_rank, write_card
@@ -84,6 +84,7 @@ names = st.text(st.characters(exclude_categories=("Cs",)), min_size=1, max_size=
 
 
 @given(base_name=names, adapter=names, dense=st.booleans())
+@example(base_name="x: 'y' \"z\"", adapter="a|b\n---", dense=False)
 def test_any_name_leaves_the_head_readable_and_the_tables_whole(tmp_path_factory, base_name, adapter, dense):
     document = make_document(names=(adapter, "code"), base={"id": base_name, "revision": adapter})
     card = write_card(document, base_name=base_name, rank=None if dense else 8)
