@@ -119,6 +119,8 @@ def test_a_gpu_gives_the_cpus_losses(toy_adapters):
     scores = there.score(coefficients)
     np.testing.assert_allclose(scores.losses, here.score(coefficients).losses, rtol=1e-2)
     np.testing.assert_allclose(there.agreement(coefficients[0]), here.agreement(coefficients[0]))
+    gradients = [evaluator.gradient(coefficients[0]).gradient for evaluator in (there, here)]
+    np.testing.assert_allclose(*gradients, rtol=1e-2, atol=1e-3)
     assert scores.peak_bytes > 0
 
 
@@ -512,6 +514,23 @@ def test_gradients_leave_nothing_behind_and_can_be_taken_without_grad_mode(toy_m
     tensors += [tensor for module in evaluator._stacked.modules.values() for tensor in (module.A, module.B)]
     assert not any(tensor.requires_grad or tensor.is_inference() for tensor in tensors)
     assert all(tensor.grad is None and tensor.grad_fn is None for tensor in tensors)
+
+
+def test_gradients_flow_through_what_a_model_kept_from_being_scored(toy_adapters):
+    model, (stacked, groups), prompts = make_model("gpt2"), stack(toy_adapters("gpt2")), make_prompts()
+    evaluator = PopulationEvaluator(
+        model, stacked, groups, prompts, expert_signals(model, stacked, groups, prompts), Scoring()
+    )
+    kept = []
+
+    def scale(layer, inputs, output):
+        kept.append(2 * layer.weight)
+        return output * kept[0]
+
+    model.transformer.ln_f.register_forward_hook(scale)
+    coefficients = random_coefficients(evaluator)[0]
+    evaluator.score(coefficients[None])
+    assert np.isfinite(evaluator.gradient(coefficients).gradient).all()
 
 
 def test_half_precision_has_a_gradient_close_to_that_of_single(toy_adapters):
