@@ -76,7 +76,8 @@ def export_merge(
         rank: cut the exact adapter to this rank, by module.
         dense: write the whole model instead.
         allow_pickle: read adapters from adapter_model.bin where they have no safetensors file.
-        dtype: of what is written. `auto` is the widest type that the adapters have, or the base's own.
+        dtype: of what is written. `auto` is float32 (wider where an adapter is) for an adapter, whose
+            coefficients bfloat16 would round, and the base's own type for a dense model.
 
     Raises:
         InputError: the record, the weights that it names, the options or the output do not fit.
@@ -167,7 +168,7 @@ def _adapter_dtype(adapters: tuple[Adapter, ...], dtype: str) -> torch.dtype:
     if dtype != "auto":
         return choose_dtype(dtype, torch.device("cpu"))
     stored = (f.A.dtype for adapter in adapters for f in adapter.modules.values())
-    return reduce(torch.promote_types, stored)
+    return reduce(torch.promote_types, stored, torch.float32)
 
 
 def _export_dense(loaded: _Loaded, record: Path, output: Path, dtype: str) -> ExportResult:

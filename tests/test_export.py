@@ -19,6 +19,7 @@ from search.base import LoadedBase, hash_weights
 from search.delivery import deliver_merge
 from search.errors import InputError
 from search.export import export_merge
+from search.merge import merge_adapters
 from search.parts import assemble_parts
 from search.population import population
 from tests.test_base import make_toy_tokenizer
@@ -201,8 +202,15 @@ def test_types_are_those_of_the_weights_unless_asked_for(llama: Case, tmp_path: 
         export_merge(llama.run, tmp_path / "x", dtype="int8")
 
 
-def test_a_narrow_base_stays_narrow(tmp_path: Path) -> None:
+def test_a_narrow_base_stays_narrow_and_coefficients_on_narrow_adapters_are_not_rounded(
+    tmp_path: Path,
+) -> None:
     case = Case(tmp_path, "llama", torch.bfloat16)
+    export_merge(case.run, tmp_path / "adapter")
+    exact = merge_adapters(case.adapters, case.coefficients, case.parts.groups, base_name="")
+    torch.testing.assert_close(
+        load_file(tmp_path / "adapter/adapter_model.safetensors"), exact.state_dict, rtol=0, atol=0
+    )
     export_merge(case.run, tmp_path / "out", dense=True)
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").dtype == torch.bfloat16
 
