@@ -77,7 +77,7 @@ def draw_losses(traces: Mapping[str, Trace]) -> Picture:
             _draw_run_losses(ax, trace, clock)
         set_title(row[0], label, traces, "loss on the searched prompts, against time", PHASE_PAD)
         set_title(row[1], "", {}, "and against tokens", PHASE_PAD)
-        add_legend(row[1], "upper")
+        add_legend(row[1], "upper left")
     return Picture(figure, "Losses on the searched prompts, against time and against tokens.")
 
 
@@ -95,7 +95,7 @@ def draw_best_losses(traces: Mapping[str, Trace]) -> Picture:
         _label_losses(ax, clock)
     set_title(grid[0][0], "", {}, "best loss so far on all searched prompts, against time")
     set_title(grid[0][1], "", {}, "and against tokens")
-    add_legend(grid[0][1], "upper")
+    add_legend(grid[0][1], "upper left")
     return Picture(figure, "The best loss so far of each run, against time and against tokens.")
 
 
@@ -240,7 +240,7 @@ def _draw_finalists(ax: Axes, table: Any) -> None:
     ax.grid(axis="x", color="0.9")
     ax.set_axisbelow(True)
     ax.set_xlabel(LOSS_LABEL)
-    add_legend(ax, "center")
+    add_legend(ax, "center left")
 
 
 def _draw_experts(ax: Axes, table: Any, points: list[str]) -> None:
@@ -257,4 +257,4 @@ def _draw_experts(ax: Axes, table: Any, points: list[str]) -> None:
     ax.grid(axis="x", color="0.9")
     ax.set_axisbelow(True)
     ax.set_xlabel(DISAGREEMENT_LABEL)
-    add_legend(ax, "center")
+    add_legend(ax, "center left")

@@ -6,7 +6,7 @@ Knows matplotlib's object-oriented interface and no global state of it; not trac
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
-from typing import Any
+from typing import Any, Literal
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -66,11 +66,11 @@ def say_nothing(ax: Axes, why: str) -> None:
     ax.text(0.5, 0.5, why, ha="center", va="center", transform=ax.transAxes, color=GREY, size="large")
 
 
-def add_legend(ax: Axes, place: str) -> None:
-    """Explain what is drawn, if anything is, to the right of the axes: "upper" or "center"."""
+def add_legend(ax: Axes, place: Literal["upper left", "center left"]) -> None:
+    """Explain what is drawn, if anything is, to the right of the axes."""
     if ax.get_legend_handles_labels()[0]:
-        top = {"upper": 1.0, "center": 0.5}[place]
-        ax.legend(loc=f"{place} left", bbox_to_anchor=(1.01, top), frameon=False, fontsize="small")
+        top = 1.0 if place == "upper left" else 0.5
+        ax.legend(loc=place, bbox_to_anchor=(1.01, top), frameon=False, fontsize="small")
 
 
 def plain_text(text: object) -> str:

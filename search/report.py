@@ -148,10 +148,13 @@ def _execute_notebook(notebook: Any, folder: Path) -> None:
 
 
 def _kernel_environment(folder: Path) -> Mapping[str, str]:
-    """Return an environment in which this package is found and no profile of the user's is."""
+    """Return an environment in which this package is found, and no profile of the user's."""
     root = str(NOTEBOOK.parents[1])
     path = os.pathsep.join(entry for entry in (root, os.environ.get("PYTHONPATH")) if entry)
-    return {**os.environ, "PYTHONPATH": path, "IPYTHONDIR": str(folder / "ipython")}
+    # Libraries imported on the way ask tqdm for widgets, which a report has no use for.
+    warnings = ",".join(w for w in (os.environ.get("PYTHONWARNINGS"), "ignore:IProgress not found") if w)
+    own = {"PYTHONPATH": path, "IPYTHONDIR": str(folder / "ipython"), "PYTHONWARNINGS": warnings}
+    return {**os.environ, **own}
 
 
 def _failing_line(traceback: str) -> str:

@@ -1,8 +1,7 @@
 """Turn a trace into tables: what was scored, what it cost, what was found, what tells candidates apart.
 
-Knows the trace's schema (docs/TRACE.md) and pandas; not figures, files or the notebook. A trace that ended
-early gives the rows that it has. Losses on searched and on unseen prompts never share a column without
-saying which.
+Knows the trace's schema (docs/TRACE.md) and pandas; not figures or files. A trace that ended early gives the
+rows that it has. Losses on searched and on unseen prompts never share a column without saying which.
 """
 
 from collections.abc import Callable, Mapping
@@ -28,12 +27,13 @@ def run_table(trace: Trace) -> pd.DataFrame:
     and the `prompts` that it is on. None or NaN where the run did not come so far.
     """
     header, finalists = trace.header, ending_event(trace, "finalists")
-    objective = header.get("config", {}).get("objective", {})
+    settings = header.get("config", {}).get("objective", {})
+    objective = header.get("objective") or settings.get("name")
     row = {
         "base": header.get("base", {}).get("id"),
         "adapters": len(expert_names(trace)),
         "groups": len(header.get("groups", [])),
-        "objective": ", ".join(str(objective[key]) for key in ("name", "combine") if key in objective),
+        "objective": ", ".join(str(part) for part in (objective, settings.get("combine")) if part),
         "seed": header.get("seed"),
         "device": header.get("device_name") or header.get("device"),
         "generations": len(trace.generations),
@@ -115,7 +115,7 @@ def reference_table(trace: Trace) -> pd.DataFrame:
     Column: `loss`. Empty where the run was ended before they were scored.
     """
     event = trace.last("references") or {"names": [], "losses": []}
-    names = pd.Index(event["names"], name="name", dtype=object)
+    names = pd.Index(event["names"], name="name")
     return pd.DataFrame({"loss": _floats(event["losses"])}, index=names)
 
 
@@ -147,7 +147,7 @@ def finalist_table(trace: Trace) -> pd.DataFrame:
             "agreement": np.array(agreements, dtype=float),
             "verdict": event["verdicts"],
         },
-        index=pd.Index(event["names"], name="name", dtype=object),
+        index=pd.Index(event["names"], name="name"),
     )
     return table.sort_values("loss", kind="stable")
 
@@ -170,7 +170,7 @@ def expert_table(trace: Trace) -> pd.DataFrame:
         shown["best so far"] = best[0].per_expert[best[1]]
     table = pd.DataFrame(
         {name: _floats(row) for name, row in shown.items()},
-        index=pd.Index(experts, name="expert", dtype=object),
+        index=pd.Index(experts, name="expert"),
     )
     table["prompts"] = event.get("prompts", "searched")
     signals = trace.last("signals") or {}
@@ -195,7 +195,7 @@ def coefficient_table(trace: Trace) -> pd.DataFrame:
     tables = {
         point: pd.DataFrame(
             _floats(rows).reshape(len(groups), len(names)),
-            index=pd.Index(groups, dtype=object),
+            index=pd.Index(groups),
             columns=names,
         )
         for point, rows in points.items()
@@ -262,8 +262,8 @@ def stage_title(trace: Trace, stage: int) -> str:
     """Say which stage it is and what one coefficient of it covers, as far as the trace tells."""
     events = [event for event in trace.events if event["event"] == "stage" and event["index"] == stage]
     space = events[-1].get("space", {}) if events else {}
-    groups = space.get("groups") if isinstance(space, dict) else space
-    return f"stage {stage}, per {groups}" if groups else f"stage {stage}"
+    kind = "" if space.get("genome", "full") == "full" else f"{space['genome']} "
+    return f"stage {stage}, {kind}per {space['groups']}" if space else f"stage {stage}"
 
 
 def best_candidate(trace: Trace) -> tuple[Generation, int] | None:
