@@ -18,7 +18,7 @@ from search.tables import (
 )
 from search.trace import Trace
 
-ENDINGS = {
+ENDED_BECAUSE = {
     "evaluations": "its limit of evaluations ended it",
     "clock": "the clock ended it",
     "interrupt": "it was interrupted",
@@ -67,7 +67,7 @@ def _describe_run_found(trace: Trace) -> str:
 
 def _describe_effort(trace: Trace) -> str:
     run = run_table(trace).iloc[0]
-    ending = ENDINGS.get(run["ended_by"], "it has not ended")
+    ending = ENDED_BECAUSE.get(run["ended_by"], "it has not ended")
     return (
         f"the search scored {run['evaluations']} candidates on {run['n_tokens']:,} tokens within "
         f"{run['elapsed_s']:.0f} s; {ending}."
@@ -96,7 +96,7 @@ def _describe_winner(trace: Trace) -> str:
     others += [f"the best single {name} {loss:.3g}" for name, loss in experts["loss"].head(1).items()]
     return (
         f"On the {run['prompts']} prompts the winner is {run['winner']!r} with a loss of {run['loss']:.3g} "
-        f"({', '.join(others)}). {_describe_experts(trace, 'winner')}"
+        f"({', '.join(others)}). {_compare_experts(trace, 'winner')}"
     )
 
 
@@ -106,11 +106,11 @@ def _describe_best(trace: Trace) -> str:
     known = f" ({others})" if others else ""
     return (
         "There are no finalists, so nothing is known on unseen prompts; the best loss on the searched "
-        f"prompts is {best:.3g}{known}. {_describe_experts(trace, 'best so far')}"
+        f"prompts is {best:.3g}{known}. {_compare_experts(trace, 'best so far')}"
     )
 
 
-def _describe_experts(trace: Trace, point: str) -> str:
+def _compare_experts(trace: Trace, point: str) -> str:
     """Name the experts that the merge comes closest to, stays farthest from, and serves worse than before."""
     table = expert_table(trace)
     values = table[point].dropna() if point in table else table["peak_kl_nats"].iloc[:0]

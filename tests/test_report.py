@@ -1,6 +1,7 @@
 """The report: labels of runs, one file that needs nothing else, and the mistakes that a user can make."""
 
 import importlib.util
+import json
 import re
 import sys
 
@@ -78,6 +79,20 @@ def test_the_report_runs_the_notebook_on_the_traces_named_with_this_python(trace
     assert "<title>Search report: my &lt;run&gt;</title>" in page
     assert not re.search(r"<script|<link|https?://|@import", page)
     assert [path.name for path in output.parent.iterdir()] == ["report.html"]
+
+
+def test_a_kernel_that_somebody_registered_as_python3_is_left_alone(
+    trace_file, notebook, tmp_path, monkeypatch, capfd
+):
+    folder = tmp_path / "jupyter" / "kernels" / "python3"
+    folder.mkdir(parents=True)
+    spec = {"argv": ["false", "{connection_file}"], "display_name": "theirs", "language": "python"}
+    (folder / "kernel.json").write_text(json.dumps(spec))
+    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "jupyter"))
+    notebook("TRACES = []", "import sys; print(sys.executable)")
+    write_report([trace_file], tmp_path / "report.html")
+    assert sys.executable in (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "WARNING" not in capfd.readouterr().err  # of a kernel that talks over an open port
 
 
 def test_relative_traces_and_any_working_directory_do(trace_file, notebook, tmp_path, monkeypatch):
