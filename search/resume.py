@@ -130,7 +130,7 @@ def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
     if isinstance(value, Mapping):
         items: list[tuple[Any, Any]] = list(value.items())
     elif isinstance(value, list | tuple):
-        named = all(isinstance(item, Mapping) and "name" in item for item in value)
+        named = len(value) > 0 and all(isinstance(item, Mapping) and "name" in item for item in value)
         items = [(item["name"] if named else place, item) for place, item in enumerate(value)]
         if named:
             items.insert(0, ("order", " ".join(item["name"] for item in value)))
@@ -150,6 +150,6 @@ def _is_place(key: str) -> bool:
     return first in ("commit", "device_name", "config_sha256", "schema") or last in ("id", "source")
 
 
-def _by_importance(key: str) -> tuple[bool, str]:
-    """Settings first: they are what a user changes, and what the rest may follow from."""
-    return not key.startswith("config."), key
+def _by_importance(key: str) -> tuple[bool, bool, str]:
+    """Settings first, and first of them which adapters there are: the rest may follow from these."""
+    return not key.startswith("config."), not key.endswith("adapters.order"), key

@@ -6,6 +6,7 @@ Knows the order of the phases, the clock and the trace that they share; not how 
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -166,7 +167,7 @@ class _Run:
 
     def _search(self, steering: Steering) -> Found:
         self._phase("search")
-        settings, first = self._config.search, self._setup.first
+        first = self._setup.first
         start = steering.confine(first.start)
         began = self._record.event("search")
         search_s = self._box.left_s() if began is None else began["left_s"]
@@ -177,19 +178,6 @@ class _Run:
             prior=self._setup.describe_prior(),
             left_s=search_s,
             elapsed_s=self._box.elapsed_s(),
-        )
-        gradient = settings.gradient
-        search = StagedSearch(
-            stages=self._setup.plan(steering),
-            choice=choose_optimizer(settings),
-            limits=set_limits(settings),
-            evaluator=steering.searched,
-            search_s=search_s,
-            past_of=self._record.past,
-            inject_every=gradient.inject_every,
-            improve=lambda mean: (
-                descend(steering, mean, gradient.inject_steps + 1, gradient.learning_rate)[0].best
-            ),
         )
 
         def show(progress: Progress) -> None:
@@ -202,7 +190,7 @@ class _Run:
             on_generation=show,
             interrupted=lambda: self._interruption.requested,
         )
-        found = run_stages(search, start, first.spread, tools)
+        found = run_stages(self._plan_search(steering, search_s), start, first.spread, tools)
         self._trace.event(
             "search_ended",
             ended_by=found.ended_by,
@@ -215,15 +203,32 @@ class _Run:
         )
         return found
 
+    def _plan_search(self, steering: Steering, search_s: float) -> StagedSearch:
+        settings, gradient = self._config.search, self._config.search.gradient
+        steps, rate = gradient.inject_steps + 1, gradient.learning_rate
+        return StagedSearch(
+            stages=self._setup.plan(steering),
+            choice=choose_optimizer(settings),
+            limits=set_limits(settings),
+            evaluator=steering.searched,
+            search_s=search_s,
+            past_of=self._record.past,
+            inject_every=gradient.inject_every,
+            improve=lambda mean: descend(steering, mean, steps, rate)[0].best,
+        )
+
     def _judge(self, steering: Steering, found: Found, finalists_s: float) -> tuple[EndedBy, Judgement]:
         """Compare on unseen prompts; on searched ones after an interrupt (before or now), or without time."""
         self._phase("finalists")
         self._box.release("finalists")
         gradient = self._config.search.gradient
+        done = self._record.event(
+            "finalists"
+        )  # by an earlier run, which is repeated, whatever the clock says
         try:
             if self._interruption.requested:
                 raise Interrupted
-            if self._box.fits(finalists_s):
+            if done["prompts"] == "unseen" if done else self._box.fits(finalists_s):
                 steps, rate = gradient.refine_steps, gradient.learning_rate
                 refined = refine_best(steering, found, steps, rate, self._trace)
                 judgement = judge_on_unseen(steering, found, refined, self._trace)
@@ -247,18 +252,13 @@ class _Run:
         self._phase("merge")
         started_s = time.monotonic()
         judgement = facts.judgement
-        winner, loss = judgement.winner, float(judgement.losses[judgement.place])
+        winner = judgement.winner
         merged = deliver_merge(
             self._parts,
             winner.coefficients,
             self._config.base.name,
             output,
-            objective={
-                "name": objective_label(self._setup.objective),
-                "combine": self._config.objective.combine,
-                "loss": loss,
-                "per_expert": judgement.per_expert[judgement.place].tolist(),
-            },
+            objective=self._describe_loss(judgement),
             provenance={
                 "commit": checkout_commit(),
                 "versions": library_versions(),
@@ -282,8 +282,17 @@ class _Run:
             groups=self._parts.groups,
             merged=merged,
             winner=winner.name,
-            loss=loss,
+            loss=float(judgement.losses[judgement.place]),
             evaluations=facts.evaluations,
             ended_by=facts.ended_by,
             report=write_summary(facts),
         )
+
+    def _describe_loss(self, judgement: Judgement) -> dict[str, Any]:
+        """Return what coefficients.json says of the winner's loss."""
+        return {
+            "name": objective_label(self._setup.objective),
+            "combine": self._config.objective.combine,
+            "loss": float(judgement.losses[judgement.place]),
+            "per_expert": judgement.per_expert[judgement.place].tolist(),
+        }
