@@ -75,8 +75,8 @@ def draw_losses(traces: Mapping[str, Trace]) -> Picture:
     for row, (label, trace) in zip(grid, traces.items(), strict=True):
         for ax, clock in zip(row, CLOCKS, strict=True):
             _draw_run_losses(ax, trace, clock)
-        set_title(row[0], label, traces, "loss on the searched prompts, against time", PHASE_PAD)
-        set_title(row[1], "", {}, "and against tokens", PHASE_PAD)
+        set_title(row[0], label, traces, "against time", PHASE_PAD)
+        set_title(row[1], "", {}, "against tokens", PHASE_PAD)
         add_legend(row[1], "upper left")
     return Picture(figure, "Losses on the searched prompts, against time and against tokens.")
 
@@ -93,8 +93,8 @@ def draw_best_losses(traces: Mapping[str, Trace]) -> Picture:
                 table[clock], losses, dash, where="post", color=colour, marker=".", label=plain_text(label)
             )
         _label_losses(ax, clock)
-    set_title(grid[0][0], "", {}, "best loss so far on all searched prompts, against time")
-    set_title(grid[0][1], "", {}, "and against tokens")
+    set_title(grid[0][0], "", {}, "best loss so far, against time")
+    set_title(grid[0][1], "", {}, "against tokens")
     add_legend(grid[0][1], "upper left")
     return Picture(figure, "The best loss so far of each run, against time and against tokens.")
 
@@ -211,7 +211,7 @@ def _draw_phases(ax: Axes, trace: Trace, clock: str) -> None:
 
 def _label_losses(ax: Axes, clock: str) -> None:
     ax.set_xlabel(CLOCKS[clock])
-    ax.set_ylabel(LOSS_LABEL)
+    ax.set_ylabel("loss, searched prompts (base = 1)")
     if clock == "n_tokens":
         ax.xaxis.set_major_formatter(EngFormatter(sep=""))
     points = [y for line in ax.lines for y in np.asarray(line.get_ydata(), dtype=float) if np.isfinite(y)]

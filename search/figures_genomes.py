@@ -144,7 +144,9 @@ def _draw_spread(ax: Axes, table: pd.DataFrame) -> None:
 
 
 def _draw_projection(ax: Axes, table: pd.DataFrame) -> None:
-    points = ax.scatter(table["x"], table["y"], c=table["generation"], cmap=COLOUR_MAP, s=14, lw=0)
+    first, last = table["generation"].min(), table["generation"].max()
+    colours = {"c": table["generation"], "cmap": COLOUR_MAP, "vmin": first, "vmax": max(last, first + 1)}
+    points = ax.scatter(table["x"], table["y"], s=14, lw=0, **colours)
     path = table.groupby("generation")[["x", "y"]].mean()
     ax.plot(path["x"], path["y"], color=VERMILION, lw=1.5, marker=".", label="mean of a generation")
     ax.figure.colorbar(points, ax=ax, label="generation", pad=0.01, ticks=MaxNLocator(integer=True))

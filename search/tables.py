@@ -101,8 +101,8 @@ def generation_table(trace: Trace) -> pd.DataFrame:
         for g in trace.generations
     ]
     names = ["generation", "stage", "evaluations", "n_tokens", "elapsed_s", "seconds", "peak_bytes"]
-    table = pd.DataFrame(rows, columns=names).set_index("generation")
-    table["n_tokens"] = table["n_tokens"].cumsum()
+    table = pd.DataFrame(rows, columns=names).astype({"elapsed_s": float, "seconds": float})
+    table = table.set_index("generation").assign(n_tokens=table["n_tokens"].cumsum().to_numpy())
     table["on_all"] = complete.size().reindex(table.index, fill_value=0)
     table["loss"] = complete.min().reindex(table.index)
     table["best_loss"] = table["loss"].cummin().ffill()
