@@ -33,10 +33,15 @@ def locate_source(source: str, roots: Sequence[Path] = (Path(),)) -> str:
 
 
 def locate_file(written: str, roots: Sequence[Path]) -> str:
-    """Return the first existing file `root / written`."""
+    """Return the first existing file `root / written`.
+
+    Raises:
+        InputError: when there is none.
+    """
     for root in roots:
-        if (root / os.path.expanduser(written)).is_file():
-            return str(root / os.path.expanduser(written))
+        path = root / os.path.expanduser(written)
+        if os.path.isfile(path):  # not Path.is_file, which raises for a name that is too long
+            return str(path)
     looked_in = ", ".join(dict.fromkeys(str(root.absolute()) for root in roots))
     raise InputError(f"no file {written!r} in {looked_in}; make one with `python -m search priors`")
 

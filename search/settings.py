@@ -127,7 +127,7 @@ class SearchSettings(ConfigSection):
     @field_validator("prior")
     @classmethod
     def _locate_prior(cls, prior: str | None, info: ValidationInfo) -> str | None:
-        return prior and locate_file(prior, search_roots(info))
+        return None if prior is None else locate_file(prior, search_roots(info))
 
     @model_validator(mode="after")
     def _check_one_generation_fits(self) -> "SearchSettings":
