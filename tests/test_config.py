@@ -3,7 +3,6 @@
 import csv
 import json
 from pathlib import Path
-from typing import get_args
 
 import pytest
 import yaml
@@ -11,16 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from search.config import (
-    CombinationName,
-    ObjectiveName,
-    SearchConfig,
-    config_hash,
-    load_config,
-    locate_source,
-)
+from search.config import SearchConfig, config_hash, load_config, rebuild_config
 from search.errors import InputError
-from search.objective import COMBINATIONS, OBJECTIVES
 
 SHORT = "base: zoo/base\nadapters: zoo/adapters\n"
 SKELETON = "### Task: Add.\\n### Input:{input}\\n### Answer:"
@@ -75,7 +66,7 @@ objective: {{name: forward_kl, combine: worst}}
     assert [a.name for a in config.adapters] == ["chat", "add", "on-the-hub"]
     assert config.adapters[1].skeletons == ("### Task: Add.\n### Input:{input}\n### Answer:",)
     assert config.adapters[2].source == "org/on-the-hub"
-    assert (config.search.space, config.search.sigma, config.search.time_box_s) == ("model", 0.01, 60.0)
+    assert (config.search.space.groups, config.search.sigma, config.search.time_box_s) == ("model", 0.01, 60)
     assert (config.prompts.per_adapter, config.objective.combine) == (4, "worst")
 
 
@@ -89,6 +80,20 @@ def test_the_hash_tells_any_setting_apart_and_survives_json():
     config = load(SHORT)
     assert config_hash(config) != config_hash(load(SHORT, "search.seed=1"))
     assert SearchConfig.model_validate(json.loads(json.dumps(config.model_dump()))) == config
+
+
+def test_a_recorded_config_is_rebuilt_and_what_is_gone_since_is_named(zoo):
+    config = load(SHORT, "search.space=model", "search.stages=[{share: 1}]", "objective.combine=worst")
+    recorded = json.loads(json.dumps(config.model_dump(mode="json")))
+    assert rebuild_config(recorded, "out/trace.jsonl") == config
+    (zoo / "zoo/adapters/sums").rename(zoo / "moved")
+    with pytest.raises(
+        InputError, match=r"out/trace\.jsonl: config.*no folder 'zoo/adapters/sums'"
+    ) as caught:
+        rebuild_config(recorded, "out/trace.jsonl")
+    assert "\n" not in str(caught.value)
+    with pytest.raises(InputError, match=r"out/trace\.jsonl: config"):
+        rebuild_config(None, "out/trace.jsonl")
 
 
 def test_a_config_built_in_python_obeys_the_same_rules(zoo):
@@ -122,24 +127,6 @@ def test_paths_start_from_the_working_directory_then_the_file_then_its_parent(zo
     assert load_config(zoo / "run.yaml").base.source == "zoo/base"
 
 
-def test_a_source_is_a_folder_or_a_hub_id_and_a_mistyped_path_is_neither(zoo):
-    assert locate_source("mistralai/Mistral-7B-v0.1") == "mistralai/Mistral-7B-v0.1"
-    for wrong in (
-        "zoo/bas",
-        "nowhere",
-        "a/b/c",
-        "./a",
-        "~nobody-here/a",
-        "",
-        " ",
-        "a/b c",
-        "/no/such",
-        "x" * 5000,
-    ):
-        with pytest.raises(InputError, match="no folder"):
-            locate_source(wrong)
-
-
 def test_a_typo_gets_the_close_key():
     assert mistake(SHORT + "search: {n_candidate: 3}").startswith(
         "run.yaml: search.n_candidate: unknown key; did you mean 'n_candidates'? known keys: time_box_s, max_"
@@ -171,12 +158,10 @@ def test_a_typo_gets_the_close_key():
         ("search: {time_box_s: .inf}", "search.time_box_s: found inf; it should be a finite number"),
         ("search: {sigma: .nan}", "search.sigma: found nan; it should be a finite number"),
         ("search: {start: null}", "search.start: found None"),
-        ("search: {space: head}", "search.space: found 'head'; it should be 'layer' or 'model'"),
         ("search: {tokens_per_forward: 0}", "search.tokens_per_forward: found 0"),
         ("search: 3", "search: found 3; expected keys below it"),
         ("prompts: {temperature: 0}", "prompts.temperature: found 0"),
         ("prompts: {per_adapter: 0}", "prompts.per_adapter: found 0"),
-        ("objective: {name: excess}", "objective.name: found 'excess'; it should be 'entropy_excess'"),
         ("objective: {combine: best}", "it should be 'mean', 'mean_sqrt' or 'worst'"),
         ("objective: {weak_signal_nats: -1}", "objective.weak_signal_nats: found -1"),
         ("device: tpu", "device: found 'tpu'; it should match pattern"),
@@ -281,6 +266,11 @@ KEYS = st.sampled_from(
         "search",
         "prompts",
         "objective",
+        "space",
+        "stages",
+        "gradient",
+        "prior",
+        "race_keep",
         "source",
         "name",
         "seed",
@@ -308,11 +298,6 @@ def test_any_yaml_is_a_config_or_one_line(document, with_valid_start):
     except InputError as error:
         message = str(error)
     assert "\n" not in message
-
-
-def test_the_names_of_objectives_are_those_that_exist():
-    assert set(get_args(ObjectiveName)) == set(OBJECTIVES)
-    assert set(get_args(CombinationName)) == set(COMBINATIONS)
 
 
 @pytest.mark.parametrize(
