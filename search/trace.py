@@ -57,6 +57,8 @@ class Generation:
 
     def __post_init__(self) -> None:
         n = len(self.genomes)
+        if not self.injected.size:
+            object.__setattr__(self, "injected", np.empty((0, self.genomes.shape[-1])))
         if not self.rungs:
             whole = {"prompts": None, "candidates": list(range(n)), "losses": self.losses}
             object.__setattr__(self, "rungs", [whole])

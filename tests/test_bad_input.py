@@ -339,6 +339,14 @@ BAD: dict[str, Bad] = {
         change=settings("search: {time_box: 9}\n"),
         words=["config.yaml: search.time_box: unknown key", "did you mean 'time_box_s'", "known keys:"],
     ),
+    "an unknown key two sections deep": Bad(
+        change=settings("search: {space: {grups: layer}}\n"),
+        words=["config.yaml: search.space.grups: unknown key", "did you mean 'groups'", "known keys: groups"],
+    ),
+    "a prior that is not there": Bad(
+        change=settings("search: {prior: none.json}\n"),
+        words=["config.yaml: search.prior: no file 'none.json'", "python -m search priors"],
+    ),
     "a value out of range": Bad(
         change=settings("search: {n_candidates: 1}\n"),
         words=["config.yaml: search.n_candidates", "found 1", "greater than or equal to 2"],
@@ -349,7 +357,12 @@ BAD: dict[str, Bad] = {
     ),
     "an unknown objective": Bad(
         change=settings("objective: {name: accuracy}\n"),
-        words=["config.yaml: objective.name", "found 'accuracy'", "'entropy_excess'"],
+        words=[
+            "config.yaml: objective.name",
+            "found 'accuracy'",
+            "package.module:function",
+            "entropy_excess",
+        ],
     ),
     "an option out of range": Bad(
         arguments=["--time-box", "-5"], words=["search.time_box_s=-5", "greater than 0"]
@@ -436,9 +449,14 @@ def test_bad_input_is_one_line_and_code_2_and_leaves_nothing(here, capsys, case)
     assert written(".") == before
 
 
-MERGED = [
+ADAPTER = [
+    "uniform_average/adapter/README.md",
     "uniform_average/adapter/adapter_config.json",
     "uniform_average/adapter/adapter_model.safetensors",
+    "uniform_average/adapter/coefficients.json",
+]
+MERGED = [
+    *ADAPTER,
     "uniform_average/coefficients.json",
     "uniform_average/safetensor.pt",
 ]
@@ -448,8 +466,8 @@ MERGED = [
 @pytest.mark.parametrize(
     ("target", "whole"),
     [
-        ("uniform_average/coefficients.json", MERGED[:2]),
-        ("uniform_average/safetensor.pt", MERGED[:3]),
+        ("uniform_average/coefficients.json", ADAPTER),
+        ("uniform_average/safetensor.pt", MERGED[:5]),
         ("queries.csv", MERGED),
     ],
 )
@@ -470,7 +488,9 @@ def test_a_disk_that_fills_up_while_the_adapter_is_written(here, capsys, monkeyp
 
     monkeypatch.setattr("search.merge.save_file", fill_up)
     assert run() == 2
-    assert "cannot write output/uniform_average/adapter: I/O error: No space left" in refusal(capsys)
+    line = refusal(capsys)
+    assert line.startswith("error: cannot write ")
+    assert "output/uniform_average/adapter: I/O error: No space left" in line
     assert written() == []
 
 

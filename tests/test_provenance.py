@@ -6,7 +6,7 @@ import subprocess
 import torch
 
 from search import provenance
-from search.provenance import checkout_commit, library_versions
+from search.provenance import LIBRARIES, checkout_commit, library_versions
 
 
 def git(folder, *arguments):
@@ -47,7 +47,9 @@ def test_no_commit_is_no_failure(tmp_path, monkeypatch):
 
 def test_versions_are_those_that_run(tmp_path, monkeypatch):
     versions = library_versions()
-    assert versions.keys() == {"concord", "python", "torch", "transformers", "nevergrad", "numpy"}
+    assert versions.keys() == {"concord", "python", *LIBRARIES}
+    assert set(LIBRARIES) == {"torch", "transformers", "nevergrad", "cma", "numpy"}
+    assert all(versions.values())
     assert versions["torch"] == torch.__version__
     assert versions["python"] == platform.python_version()
     assert versions["concord"]

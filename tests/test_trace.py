@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 
 from search.errors import InputError
-from search.trace import SCHEMA, Generation, Trace, TraceWriter
+from search.trace import SCHEMA, Generation, Trace, TraceWriter, event_key
 
 HEADER = {"config": {"seed": 0, "skeletons": ("a", "b")}, "versions": {"torch": "2"}}
 
@@ -30,7 +30,13 @@ def make_generation(index=0, n=3, **changes):
         "elapsed_s": 1.5 * index,
         "seconds": 1.25,
         "peak_bytes": 2**33,
-        "rungs": [{"prompts": 16, "candidates": list(range(n))}],
+        "stage": 1,
+        "rungs": [
+            {"prompts": 2, "candidates": list(range(n)), "losses": rng.random(n).tolist()},
+            {"prompts": 4, "candidates": [0], "losses": [0.25]},
+        ],
+        "injected": rng.normal(size=(1, 4)),
+        "prompt_spread": rng.random(4),
     }
     return Generation(**{**fields, **changes})
 
@@ -43,8 +49,13 @@ def path(tmp_path):
         trace.header(HEADER)
         trace.generation(make_generation(0))
         trace.event("finalists", name="best", losses=np.array([0.5, np.nan]), best=np.float32(0.5))
-        trace.generation(make_generation(1))
+        trace.generation(make_generation(1, injected=np.empty((0, 4))))
     return path
+
+
+def kinds(path):
+    """What each line is."""
+    return [line.get("event") or line["kind"] for line in map(json.loads, path.read_text().splitlines())]
 
 
 def damage(path, line, text):
@@ -68,9 +79,11 @@ def test_what_was_written_comes_back_to_the_last_bit(path):
     assert trace.events[0]["losses"] == [0.5, None]
     assert trace.events[0]["name"] == "best"
     for index, read in enumerate(trace.generations):
-        written = make_generation(index)
+        written = make_generation(index, **({"injected": np.empty((0, 4))} if index else {}))
         for name in Generation.__slots__:
             np.testing.assert_array_equal(getattr(read, name), getattr(written, name), err_msg=name)
+    assert [generation.injected.shape for generation in trace.generations] == [(1, 4), (0, 4)]
+    assert trace.n_bytes == path.stat().st_size
 
 
 def test_numbers_that_are_not_finite_are_null_in_the_file_and_nan_in_memory(tmp_path):
@@ -107,20 +120,100 @@ def test_every_line_is_on_disk_before_the_next(tmp_path, monkeypatch):
     trace.close()
 
 
-def test_a_last_line_cut_anywhere_is_left_out(path, caplog):
+def test_a_last_line_cut_at_any_byte_is_left_out(path, caplog):
     whole = path.read_bytes()
     before_last = whole[:-1].rindex(b"\n") + 1
-    for cut in (before_last + 1, before_last + 100, len(whole) - 2):
+    for cut in range(before_last + 1, len(whole)):  # the last of them lacks its line end alone
         path.write_bytes(whole[:cut])
+        caplog.clear()
         with caplog.at_level(logging.WARNING):
-            assert len(Trace.load(path).generations) == 1
-        assert "trace.jsonl:4: the last line was cut off" in caplog.text
-    path.write_bytes(whole[:-1])
-    assert len(Trace.load(path).generations) == 2
-    path.write_bytes(whole + b"\0\0\0")
-    assert len(Trace.load(path).generations) == 2
-    path.write_bytes(whole + '{"é'.encode()[:-1])
-    assert len(Trace.load(path).generations) == 2
+            trace = Trace.load(path)
+        assert (len(trace.generations), trace.n_bytes) == (1, before_last)
+        assert "trace.jsonl:4: the last line was cut off; left out" in caplog.text
+
+
+def test_what_comes_behind_the_last_whole_line_is_left_out(path, caplog):
+    whole = path.read_bytes()
+    for rest in (b"\0\0\0", b"\0\0\0\n", '{"é'.encode()[:-1], b"\n", b"{}", b'{"kind": "event"}'):
+        path.write_bytes(whole + rest)
+        trace = Trace.load(path)
+        assert (len(trace.generations), trace.n_bytes) == (2, len(whole))
+    assert len(caplog.records) == 6
+    path.write_bytes(whole)
+    assert Trace.load(path).n_bytes == len(whole)
+    assert len(caplog.records) == 6
+
+
+def test_a_header_cut_at_any_byte_is_no_trace(path):
+    header = path.read_bytes().partition(b"\n")[0]
+    for cut in range(len(header) + 1):
+        path.write_bytes(header[:cut])
+        assert "no trace: its first line is no header" in refusal(path)
+
+
+def test_a_writer_goes_on_after_the_bytes_that_are_kept(path):
+    whole = path.read_bytes()
+    before_last = whole[:-1].rindex(b"\n") + 1
+    with TraceWriter(path, n_kept_bytes=before_last) as trace:
+        assert path.read_bytes() == whole[:before_last]
+        trace.generation(make_generation(1, injected=np.empty((0, 4))))
+        assert path.read_bytes() == whole
+        trace.event("merged")
+    assert kinds(path) == ["header", "generation", "finalists", "generation", "merged"]
+
+
+def test_a_continued_trace_has_its_header_already(path):
+    with TraceWriter(path, n_kept_bytes=path.stat().st_size) as trace:
+        with pytest.raises(ValueError, match="has its header already"):
+            trace.header({})
+        trace.event("merged")
+
+
+def test_a_write_that_fails_leaves_what_was_kept(path, monkeypatch):
+    whole = path.read_bytes()
+    with TraceWriter(path, n_kept_bytes=len(whole)) as trace:
+        monkeypatch.setattr(os, "fsync", _raiser(OSError(errno.ENOSPC, "No space left on device")))
+        with pytest.raises(InputError, match="No space left on device"):
+            trace.event("lost")
+    assert path.read_bytes() == whole
+
+
+def test_events_that_are_kept_are_not_written_again(path):
+    kept = frozenset({("finalists", None), ("stage", 0)})
+    with TraceWriter(path, n_kept_bytes=path.stat().st_size, kept_events=kept) as trace:
+        trace.event("finalists", winner="another")
+        trace.event("stage", index=0)
+        trace.event("stage", index=1)
+        trace.event("stage_ended", index=0)
+        trace.event("out_of_memory", tokens=4)
+    assert kinds(path)[4:] == ["stage", "stage_ended", "out_of_memory"]
+    assert Trace.load(path).events[1]["index"] == 1
+
+
+def test_an_event_is_told_apart_by_its_name_and_index():
+    assert event_key({"event": "stage", "index": 1, "left_s": 3}) == ("stage", 1)
+    assert event_key({"event": "merged", "winner": "mean"}) == ("merged", None)
+
+
+def test_of_equal_events_the_last_one_is_found(path):
+    with TraceWriter(path, n_kept_bytes=path.stat().st_size) as trace:
+        trace.event("finalists", name="other")
+    trace = Trace.load(path)
+    assert trace.last("finalists")["name"] == "other"
+    assert trace.last("merged") is None
+
+
+def test_a_generation_of_the_first_version_loads(path):
+    line = json.loads(path.read_text().splitlines()[3])
+    for name in ("stage", "injected", "prompt_spread", "rungs", "peak_bytes"):
+        del line[name]
+    damage(path, 4, json.dumps(line))
+    read = Trace.load(path).generations[1]
+    assert (read.stage, read.injected.shape, read.prompt_spread.shape) == (0, (0, 4), (0,))
+    assert read.peak_bytes is None
+    (rung,) = read.rungs
+    assert rung["candidates"] == [0, 1, 2]
+    np.testing.assert_array_equal(rung["losses"], read.losses)
 
 
 @pytest.mark.parametrize(
@@ -168,7 +261,7 @@ def test_a_newer_schema_is_refused_with_the_way_out(path):
 
 def test_a_file_that_is_no_trace_is_refused(tmp_path, path):
     assert "cannot read the trace: No such file" in refusal(tmp_path / "nowhere")
-    for content in (b"", b'{"kind": "hea', b'{"a": 1}\n'):
+    for content in (b"", b"\n", b'{"kind": "hea', b'{"a": 1}\n', b"[]\n"):
         (tmp_path / "other").write_bytes(content)
         assert "its first line is no header" in refusal(tmp_path / "other")
     damage(path, 1, "id,input")
@@ -221,7 +314,8 @@ def test_a_folder_that_cannot_be_written_to_is_named(tmp_path):
 def test_a_new_writer_starts_a_new_trace(path):
     with TraceWriter(path) as trace:
         trace.header({"config": 2})
-    assert Trace.load(path) == Trace({"kind": "header", "schema": SCHEMA, "config": 2}, [], [])
+    header = {"kind": "header", "schema": SCHEMA, "config": 2}
+    assert Trace.load(path) == Trace(header, [], [], path.stat().st_size)
 
 
 def test_values_json_does_not_know_are_refused_not_dropped(tmp_path):
