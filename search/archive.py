@@ -33,7 +33,7 @@ class Archive:
 
     def contents(self, n_params: int, n_experts: int) -> tuple[FloatArray, FloatArray, FloatArray]:
         """Return genomes (k, n_params), losses (k,) and per_expert (k, n_experts), best first."""
-        genomes = np.array(list(self._scores_of), dtype=np.float64).reshape(-1, n_params)
         losses = np.array([loss for loss, _ in self._scores_of.values()], dtype=np.float64)
+        genomes = np.array(list(self._scores_of), dtype=np.float64).reshape(len(losses), n_params)
         per_expert = np.array([shares for _, shares in self._scores_of.values()], dtype=np.float64)
-        return genomes, losses, per_expert.reshape(-1, n_experts)
+        return genomes, losses, per_expert.reshape(len(losses), n_experts)

@@ -107,6 +107,8 @@ class SearchOutcome:
     evaluations: int
     ended_by: EndedBy
     generations: int
+    longest_s: float
+    """Longest generation so far, earlier stages included."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -137,6 +139,10 @@ class Before:
     """Index of this stage."""
     generations: int = 0
     evaluations: int = 0
+    n_candidates: int = 0
+    """Of their last generation."""
+    longest_s: float = 0.0
+    """Their longest generation, from ask to tell."""
 
 
 _NOTHING, _NO_PAST = Before(), Past()
@@ -171,13 +177,15 @@ def search_loop(
 ) -> SearchOutcome:
     """Search until the evaluations are spent, another generation would not fit, or somebody interrupts.
 
-    The first generation always runs, whatever the limits. `Interrupted` from the evaluator, or
+    The very first generation always runs, whatever the limits. `Interrupted` from the evaluator, or
     `interrupted()` between generations, ends the search with what it has; a generation under way is dropped.
 
     Raises:
         InputError: when no candidate has a finite loss, or `past` is not this optimiser's.
     """
-    state = SearchState(Archive(limits.n_finalists), before)
+    state = SearchState(
+        Archive(limits.n_finalists), before, batch=before.n_candidates, longest_s=before.longest_s
+    )
     for generation in past.generations:
         _replay_generation(state, generation, engine.optimizer)
     ended_by = past.ended_by
@@ -190,14 +198,14 @@ def search_loop(
             ended_by = "interrupt"
     mean = engine.optimizer.mean()
     contents = state.archive.contents(len(mean), state.n_experts)
-    return SearchOutcome(*contents, mean, state.evaluations, ended_by, state.generations)
+    return SearchOutcome(*contents, mean, state.evaluations, ended_by, state.generations, state.longest_s)
 
 
 def _reason_to_end(state: SearchState, tools: SearchTools, limits: Limits) -> EndedBy | None:
     """Say why no further generation may start, None if it may."""
     if tools.interrupted():
         return "interrupt"
-    if state.generations == 0:
+    if state.generations + state.before.generations == 0:
         return None
     if state.evaluations + state.batch > limits.max_evaluations:
         return "evaluations"

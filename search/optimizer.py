@@ -87,6 +87,8 @@ class BatchOptimizer:
         self._parametrization.random_state = np.random.RandomState(seed)
         self._refusal = f"optimizer {name!r} cannot search {self._n_params} parameters by {n_candidates}"
         factory = _find_factory(name, max(2, self._n_params), n_candidates)
+        is_cma = isinstance(factory, ng.families.ParametrizedCMA)
+        self._is_pycma = is_cma and not factory.config()["fcmaes"]
         try:
             self._optimizer = factory(self._parametrization, budget=budget, num_workers=n_candidates)
         except (ValueError, ImportError) as error:
@@ -95,21 +97,23 @@ class BatchOptimizer:
         self._worst = np.nan
         self._last_spread: FloatArray = self._spread
 
+    @property
+    def n_injectable(self) -> int:
+        """How many genomes can be put into a generation: it keeps so many of its own as CMA needs."""
+        return self._n_candidates - MIN_POPULATION if self._is_pycma else 0
+
     def inject(self, genomes: FloatArray) -> None:
         """Have the next `ask` return these (k, n_params) in place of k of its own.
 
         Raises:
-            InputError: if the optimiser is not of the CMA family, or k leaves it too few of its own.
+            InputError: for more than `n_injectable`: any if the optimiser is not of the CMA family.
         """
-        strategy: Any = getattr(self._optimizer, "es", None)
-        if not hasattr(strategy, "inject"):
+        if len(genomes) > self.n_injectable:
             raise InputError(
-                f"{self._refusal}: it takes no injected candidates; use CMA or no gradient.inject"
+                f"{self._refusal} with {len(genomes)} put in by gradient steps, at most {self.n_injectable} "
+                f"can be; use CMA, search.n_candidates above {MIN_POPULATION} or no gradient.inject_every"
             )
-        if len(genomes) > self._n_candidates - MIN_POPULATION:
-            raise InputError(
-                f"{self._refusal}: {len(genomes)} injected ones leave fewer than {MIN_POPULATION} of its own"
-            )
+        strategy: Any = self._optimizer.es
         standardised = np.zeros((len(genomes), max(2, self._n_params)))
         standardised[:, : self._n_params] = (genomes - self._start) / self._spread
         strategy.inject(list(standardised), force=True)

@@ -85,7 +85,8 @@ def rank_by_rung(n_candidates: int, rungs: Sequence[tuple[NDArray[np.int64], Flo
     is_settled = np.zeros(n_candidates, dtype=bool)
     for candidates, losses in reversed(rungs):
         dropped = ~is_settled[candidates]
-        told[candidates[dropped]] = np.maximum(losses[dropped], worst)  # NaN stays NaN
+        own = losses[dropped]
+        told[candidates[dropped]] = np.where(np.isfinite(own), np.maximum(own, worst), own)
         is_settled[candidates] = True
         finite = told[candidates][np.isfinite(told[candidates])]
         worst = max(worst, finite.max(initial=-np.inf))

@@ -15,6 +15,8 @@ from search.racing import BlockScores
 from search.space import FloatArray, Space
 from search.trace import TraceWriter
 
+SAME = 1e-9
+"""Coefficients closer than this are one candidate, put into a later stage's first generation again."""
 LEAST_SPREAD = 0.5
 """Of the first spread: a coarse search has not tried the finer directions, so says little of them."""
 
@@ -75,11 +77,11 @@ class OptimizerChoice:
     @property
     def takes_injections(self) -> bool:
         """Whether a genome can be put into a generation."""
-        return "CMA" in self.name
+        return self.make(np.zeros(2), np.ones(2), self.n_candidates, 0).n_injectable > 0
 
     def make(self, start: FloatArray, spread: FloatArray, budget: int, stage: int) -> BatchOptimizer:
-        """Start one at a genome (n_params,), for `budget` evaluations."""
-        seed = (self.seed + stage) % 2**32
+        """Start one at a genome (n_params,), for `budget` evaluations or at least one generation."""
+        seed, budget = (self.seed + stage) % 2**32, max(budget, self.n_candidates)
         return BatchOptimizer(start, spread, self.n_candidates, budget, seed, self.name)
 
 
@@ -126,6 +128,7 @@ def run_stages(search: StagedSearch, start: FloatArray, spread: FloatArray, tool
     Optimiser, evaluator and proposals are made anew for each stage.
     """
     first_spread, total = spread, sum(stage.share for stage in search.stages)
+    injects = search.choice.takes_injections
     founds: list[Found] = []
     best, before = np.empty((0, *start.shape)), Before()
     spent = 0.0
@@ -136,14 +139,13 @@ def run_stages(search: StagedSearch, start: FloatArray, spread: FloatArray, tool
         limits = replace(search.limits, max_evaluations=n_left)
         tools.timebox.reserve("later stages", max(0.0, later_s))
         _record_start(tools, stage, before, start, spread)
-        found = _run_stage(search, stage, _Start(start, spread, best, limits, before), tools)
+        found, before = _run_stage(search, stage, _Start(start, spread, best, limits, before), tools)
         founds.append(found)
         _record_end(tools.trace, index, found, tools.timebox.elapsed_s())
         if found.ended_by == "interrupt":
             break
-        before = Before(index + 1, found.generations, found.evaluations)
-        best = found.archive[:1]  # empty where no loss was finite
-        start = found.mean if search.choice.takes_injections or not len(best) else best[0]
+        best = _join(founds, 1).archive  # empty where no loss was finite
+        start, best = (best[0], best[:0]) if len(best) and not injects else (found.mean, best)
         spread = np.maximum(found.spread, LEAST_SPREAD * first_spread)
     tools.timebox.release("later stages")
     return _join(founds, search.limits.n_finalists)
@@ -154,26 +156,28 @@ class _Start:
     coefficients: FloatArray
     spread: FloatArray
     best: FloatArray
-    """(0 or 1, n_groups, n_adapters) of the stage before."""
+    """(0 or 1, n_groups, n_adapters) of the stages before, to be put into the first generation."""
     limits: Limits
     before: Before
 
 
-def _run_stage(search: StagedSearch, stage: Stage, start: _Start, tools: SearchTools) -> Found:
+def _run_stage(search: StagedSearch, stage: Stage, start: _Start, tools: SearchTools) -> tuple[Found, Before]:
+    """Return what the stage found, and what the next one has before it."""
     space, before = stage.space, start.before
     genome, genome_spread = space.encode(start.coefficients, start.spread)
     optimizer = search.choice.make(genome, genome_spread, start.limits.max_evaluations, before.stage)
 
     def propose(generation: int, mean: FloatArray) -> FloatArray:
-        tables = start.best if generation == 0 and search.choice.takes_injections else start.best[:0]
-        if search.inject_every and generation % search.inject_every == search.inject_every - 1:
-            tables = search.improve(space.to_coefficients(mean[None])[0])[None]
-        return np.array([space.encode(table, start.spread)[0] for table in tables]).reshape(-1, len(mean))
+        tables = list(start.best) if generation == 0 else []
+        if search.inject_every and (generation + 1) % search.inject_every == 0:
+            tables.append(search.improve(space.to_coefficients(mean[None])[0]))
+        genomes = [space.encode(table, start.spread)[0] for table in tables]
+        return np.array(genomes[: max(1, optimizer.n_injectable)]).reshape(-1, len(mean))
 
     engine = Engine(optimizer, GenomeEvaluator(space, search.evaluator), propose)
     outcome = search_loop(engine, tools, start.limits, before=before, past=search.past_of(before.stage))
     rng = np.random.default_rng([search.choice.seed, before.stage])
-    return Found(
+    found = Found(
         archive=space.to_coefficients(outcome.archive_genomes),
         archive_losses=outcome.archive_losses,
         archive_per_expert=outcome.archive_per_expert,
@@ -183,6 +187,9 @@ def _run_stage(search: StagedSearch, stage: Stage, start: _Start, tools: SearchT
         generations=before.generations + outcome.generations,
         ended_by=outcome.ended_by,
     )
+    n_candidates = search.choice.n_candidates
+    later = Before(before.stage + 1, found.generations, found.evaluations, n_candidates, outcome.longest_s)
+    return found, later
 
 
 def _record_start(
@@ -212,17 +219,22 @@ def _record_end(trace: TraceWriter, index: int, found: Found, elapsed_s: float) 
 
 
 def _join(founds: Sequence[Found], n_finalists: int) -> Found:
-    """Keep the best of all stages' archives, which were scored on the same prompts, and the last mean.
+    """Keep the best distinct of all stages' archives, scored on the same prompts, and the last mean.
 
     The clock ended the search if it ended any stage: then it cannot be repeated.
     """
     losses = np.concatenate([found.archive_losses for found in founds])
-    best = np.argsort(losses, kind="stable")[:n_finalists]
+    tables = np.concatenate([found.archive for found in founds])
+    best: list[int] = []
+    for place in np.argsort(losses, kind="stable").tolist():
+        distances = np.abs(tables[best] - tables[place]).max(axis=(1, 2))
+        if len(best) < n_finalists and not (distances < SAME).any():
+            best.append(place)
     by_clock = founds[-1].ended_by == "evaluations" and any(found.ended_by == "clock" for found in founds)
     with_experts = [found.archive_per_expert for found in founds if len(found.archive_losses)]
     return replace(
         founds[-1],
-        archive=np.concatenate([found.archive for found in founds])[best],
+        archive=tables[best],
         archive_losses=losses[best],
         archive_per_expert=np.concatenate(with_experts)[best] if with_experts else np.empty((0, 0)),
         ended_by="clock" if by_clock else founds[-1].ended_by,
