@@ -155,6 +155,7 @@ class BatchOptimizer:
         with warnings.catch_warnings():
             # pycma does not recognise its own injected points after nevergrad's rounding, which does no harm
             warnings.filterwarnings("ignore", "orphanated injected solution")
+            warnings.filterwarnings("ignore", "elements of z2")  # one far away, whose weight pycma limits
             for candidate, value in zip(candidates, values.tolist(), strict=True):
                 self._optimizer.tell(candidate, value)
 

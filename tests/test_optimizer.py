@@ -71,7 +71,7 @@ def test_global_randomness_is_neither_used_nor_changed():
     np.testing.assert_array_equal(run(make(), 3), first)
 
 
-@pytest.mark.parametrize("name", ["CMA", "OnePlusOne", "DE"])
+@pytest.mark.parametrize("name", ["CMA", "DiagonalCMA", "OnePlusOne", "DE", "TBPSA"])
 @pytest.mark.parametrize("n_params", [10, 60, 864])
 def test_replaying_recorded_losses_into_a_fresh_optimizer_repeats_the_asks(n_params, name):
     rng = np.random.default_rng(0)
@@ -89,6 +89,122 @@ def test_the_first_generation_has_the_spread_asked_for_around_the_start():
         asked = np.concatenate([make(n_params, 16, seed=seed, sigma=0.05).ask() for seed in range(20)])
         assert asked.mean() == pytest.approx(0.3, abs=0.005)
         assert asked.std() == pytest.approx(0.05, rel=0.1)
+
+
+def test_each_coordinate_has_its_own_first_spread():
+    for n_params in (10, 60, 864):
+        spread = np.geomspace(1e-3, 10, n_params)
+        asked = np.concatenate(
+            [BatchOptimizer(np.ones(n_params), spread, 16, 400, seed).ask() for seed in range(40)]
+        )
+        np.testing.assert_allclose(asked.std(0), spread, rtol=0.2)
+        np.testing.assert_allclose(asked.mean(0), 1, atol=0.2 * spread.max())
+
+
+@pytest.mark.parametrize("name", ["CMA", "OnePlusOne", "DE"])
+def test_scaling_a_coordinate_and_its_spread_scales_what_is_asked(name):
+    scales = 2.0 ** np.arange(-5, 5)  # exact
+    plain, scaled = (
+        BatchOptimizer(np.zeros(10), 0.25 * by, 8, 400, seed=0, name=name) for by in (np.ones(10), scales)
+    )
+    for _ in range(4):
+        genomes = plain.ask()
+        np.testing.assert_array_equal(scaled.ask(), genomes * scales)
+        plain.tell(sphere(genomes))
+        scaled.tell(sphere(genomes))
+    np.testing.assert_array_equal(scaled.mean(), plain.mean() * scales)
+    np.testing.assert_array_equal(scaled.spread(), plain.spread() * scales)
+
+
+@pytest.mark.parametrize("n_params", [10, 60, 864, 6048])
+def test_the_spread_is_the_deviation_of_what_cma_would_ask_for(n_params):
+    optimizer = BatchOptimizer(np.full(n_params, 0.3), np.linspace(0.05, 0.2, n_params), 16, 400, seed=0)
+    np.testing.assert_array_equal(optimizer.spread(), np.linspace(0.05, 0.2, n_params))
+    for _ in range(12):  # by then neither step size nor proportions are the first
+        optimizer.tell(sphere(optimizer.ask() * np.linspace(1, 5, n_params)))
+    samples = draw_many(optimizer, 400)
+    assert samples.std(0).mean() == pytest.approx(optimizer.spread().mean(), rel=0.03)
+    np.testing.assert_allclose(samples.std(0), optimizer.spread(), rtol=0.2)
+    np.testing.assert_allclose(samples.mean(0), optimizer.mean(), atol=5 * optimizer.spread().max() / 20)
+    assert not np.allclose(optimizer.spread(), np.linspace(0.05, 0.2, n_params), rtol=0.01)
+
+
+def draw_many(optimizer, n_samples):
+    """What CMA's own distribution gives, (n_samples, n_params): `ask` gives but a generation of it."""
+    standardised = np.array(optimizer._find_strategy().ask(n_samples + 2))[2:]  # less the mirrored pair
+    return np.array([optimizer._to_genome(sample) for sample in standardised])
+
+
+@pytest.mark.parametrize("name", ["OnePlusOne", "DE", "TBPSA", "RandomSearch"])
+def test_without_a_distribution_the_spread_is_the_last_generations(name):
+    optimizer = make(name=name)
+    np.testing.assert_array_equal(optimizer.spread(), np.full(10, 0.15))
+    asked = run(optimizer, 3)
+    np.testing.assert_array_equal(optimizer.spread(), asked[-1].std(0))
+
+
+def test_a_generation_of_equal_genomes_has_a_spread_above_0():
+    optimizer = BatchOptimizer(np.full(3, 1e9), 1e-12, 4, 100, seed=0, name="OnePlusOne")
+    optimizer.tell(sphere(optimizer.ask()))
+    assert (optimizer.spread() > 0).all()
+
+
+def test_a_bad_spread_is_refused():
+    for spread in (0, -0.1, np.nan, np.inf, [0.1, 0.1, 0]):
+        with pytest.raises(ValueError, match="expected finite numbers above 0"):
+            BatchOptimizer(np.zeros(3), spread, 4, 100, 0)
+
+
+@pytest.mark.parametrize("name", ["CMA", "DiagonalCMA"])
+@pytest.mark.parametrize("n_params", [1, 10, 60, 864, 6048])
+def test_injected_genomes_are_asked_next_and_only_then(n_params, name):
+    optimizer = make(n_params, 8, name=name)
+    run(optimizer, 2)
+    injected = np.random.default_rng(0).uniform(-1, 1, (3, n_params))
+    optimizer.inject(injected)
+    asked = optimizer.ask()
+    places = [np.abs(asked - genome).max(1).argmin() for genome in injected]
+    np.testing.assert_allclose(asked[places], injected, rtol=0, atol=1e-15)
+    assert len(set(places)) == 3
+    optimizer.tell(sphere(asked))
+    distances = np.abs(optimizer.ask()[:, None] - injected).max(-1)
+    assert distances.min() > 1e-6
+
+
+@pytest.mark.parametrize("n_params", [10, 60, 864, 6048])
+def test_cma_learns_from_an_injected_genome(n_params):
+    with_it, without = make(n_params, 8), make(n_params, 8)
+    run(with_it, 2), run(without, 2)
+    with_it.inject(np.full((1, n_params), 0.5))  # where the loss is least
+    run(with_it, 1), run(without, 1)
+    assert sphere(with_it.mean()) < 0.8 * sphere(without.mean())
+
+
+def test_injecting_before_the_first_generation_works_and_keeps_the_seed():
+    asked = []
+    for _ in range(2):
+        optimizer = make()
+        optimizer.inject(np.full((1, 10), 0.25))
+        asked.append(run(optimizer, 3))
+    np.testing.assert_array_equal(*asked)
+    assert np.abs(asked[0][0] - 0.25).max(1).min() < 1e-15
+
+
+@pytest.mark.parametrize("name", ["OnePlusOne", "DE", "TBPSA", "MetaModelDiagonalCMA"])
+def test_injecting_into_another_than_cma_is_refused(name):
+    optimizer = make(name=name)
+    assert optimizer.n_injectable == 0
+    with pytest.raises(InputError, match=rf"'{name}' cannot search .* at most 0 can be; use CMA"):
+        optimizer.inject(np.zeros((1, 10)))
+
+
+@pytest.mark.parametrize(("n_candidates", "n_injectable"), [(4, 0), (5, 1), (16, 12)])
+def test_injecting_more_than_leave_cma_enough_of_its_own_is_refused(n_candidates, n_injectable):
+    optimizer = make(n_candidates=n_candidates)
+    assert optimizer.n_injectable == n_injectable
+    optimizer.inject(np.zeros((n_injectable, 10)))
+    with pytest.raises(InputError, match=rf"with {n_injectable + 1} put in .* at most {n_injectable} can be"):
+        optimizer.inject(np.zeros((n_injectable + 1, 10)))
 
 
 def test_the_mean_starts_at_the_start():
@@ -115,11 +231,26 @@ def test_losses_that_are_not_finite_count_as_the_worst_finite_one():
     assert np.isnan(told[1])
 
 
-def test_a_generation_without_any_finite_loss_is_an_error():
+def test_a_first_generation_without_any_finite_loss_is_an_error():
     optimizer = make()
     optimizer.ask()
-    with pytest.raises(ValueError, match=r"none of 8 losses is finite, the first are \[nan, nan, nan\]"):
+    with pytest.raises(InputError, match=r"none of 8 candidates has a finite loss: .* Lower search.start"):
         optimizer.tell(np.full(8, np.nan))
+
+
+@pytest.mark.parametrize("name", ["CMA", "OnePlusOne", "DE", "TBPSA"])
+def test_a_later_generation_without_any_counts_as_the_worst_of_all_so_far(name):
+    optimizer, reference = make(name=name), make(name=name)
+    first, second = np.linspace(0.1, 0.8, 8), np.linspace(0.2, 0.9, 8)
+    first[2] = np.nan
+    for losses, known in [(first, np.where(np.isnan(first), 0.8, first)), (second, second)]:
+        np.testing.assert_array_equal(optimizer.ask(), reference.ask())
+        optimizer.tell(losses)
+        reference.tell(known)
+    np.testing.assert_array_equal(optimizer.ask(), reference.ask())
+    optimizer.tell([np.nan, np.inf] * 4)
+    reference.tell(np.full(8, 0.9))
+    np.testing.assert_array_equal(run(optimizer, 3), run(reference, 3))
 
 
 def test_asks_and_tells_must_take_turns_and_match():
@@ -182,10 +313,14 @@ def test_a_bad_start_is_refused():
             BatchOptimizer(start, 0.1, 4, 100, 0)
 
 
-def test_a_search_warns_of_nothing():
+@pytest.mark.parametrize("n_params", [2, 864])
+def test_a_search_warns_of_nothing(n_params):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        run(make(2, 4), 60)
+        optimizer = make(n_params, 8)
+        run(optimizer, 20)
+        optimizer.inject(np.full((2, n_params), 9.0))  # far away
+        run(optimizer, 20)
 
 
 def test_nevergrad_has_what_we_lean_on():
