@@ -34,9 +34,6 @@ from search.summary import RunFacts, write_summary
 from search.timebox import TimeBox
 from search.trace import TraceWriter
 
-GRADIENT_COST = 5
-"""A gradient takes at most as long as so many candidates."""
-
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class RunResult:
@@ -105,8 +102,7 @@ def run_search(
             if record.trace is None:
                 trace.header(header)
             else:
-                done = len(record.trace.generations)
-                trace.event("resumed", generations=done, elapsed_s=record.elapsed_s)
+                trace.event("resumed", generations=len(record.trace.generations), elapsed_s=record.elapsed_s)
             return _Run(setup, _Shared(trace, box, line, interruption, record)).finish(output)
 
 
@@ -159,11 +155,18 @@ class _Run:
         uniform = steering.references[1].coefficients
         merge_s = rehearse_merge(self._parts, uniform, self._config.base.name, output)
         settings = self._config.search
-        refine_s = GRADIENT_COST * settings.gradient.refine_steps * steering.searched_candidate_s
+        refine_s = settings.gradient.refine_steps * self._time_gradient(steering, uniform)
         finalists_s = CAUTION * (refine_s + estimate_finalists_s(steering, settings.n_finalists))
         self._box.reserve("merge", CAUTION * (merge_s + steering.searched_candidate_s))
         self._box.reserve("finalists", finalists_s)
         return finalists_s
+
+    def _time_gradient(self, steering: Steering, at: FloatArray) -> float:
+        """Take one gradient where some are asked for, in seconds; one that cannot be taken shows now."""
+        gradient, started_s = self._config.search.gradient, time.monotonic()
+        if gradient.refine_steps or gradient.inject_every:
+            steering.searched.gradient(at)
+        return time.monotonic() - started_s
 
     def _search(self, steering: Steering) -> Found:
         self._phase("search")
@@ -221,15 +224,13 @@ class _Run:
         """Compare on unseen prompts; on searched ones after an interrupt (before or now), or without time."""
         self._phase("finalists")
         self._box.release("finalists")
-        gradient = self._config.search.gradient
-        done = self._record.event(
-            "finalists"
-        )  # by an earlier run, which is repeated, whatever the clock says
+        settings = self._config.search.gradient
+        done = self._record.event("finalists")  # is done again as it was, whatever the clock says
         try:
             if self._interruption.requested:
                 raise Interrupted
             if done["prompts"] == "unseen" if done else self._box.fits(finalists_s):
-                steps, rate = gradient.refine_steps, gradient.learning_rate
+                steps, rate = settings.refine_steps, settings.learning_rate
                 refined = refine_best(steering, found, steps, rate, self._trace)
                 judgement = judge_on_unseen(steering, found, refined, self._trace)
                 self._record_back_offs(steering)
@@ -250,9 +251,7 @@ class _Run:
     def _deliver(self, facts: RunFacts, output: Path) -> RunResult:
         """Merge the winner, write everything, and say what happened."""
         self._phase("merge")
-        started_s = time.monotonic()
-        judgement = facts.judgement
-        winner = judgement.winner
+        started_s, judgement, winner = time.monotonic(), facts.judgement, facts.judgement.winner
         merged = deliver_merge(
             self._parts,
             winner.coefficients,

@@ -29,6 +29,18 @@ def test_adapters_are_stacked_in_the_models_type_and_grouped(base, toy_adapters)
     assert {module.B.dtype for module in parts.stacked.modules.values()} == {torch.bfloat16}
 
 
+@pytest.mark.parametrize(
+    ("kind", "layers_per_block", "n_groups"),
+    [("model", 4, 1), ("block", 4, 1), ("block", 1, 2), ("layer", 4, 2), ("part", 4, 4), ("module", 4, 14)],
+)
+def test_modules_are_grouped_as_asked(base, toy_adapters, kind, layers_per_block, n_groups):
+    parts = assemble_parts(
+        base, toy_adapters("llama"), base_name=BASE_NAME, kind=kind, layers_per_block=layers_per_block
+    )
+    assert parts.shape == (n_groups, 3)
+    assert len(identify_parts(parts)["groups"]) == n_groups
+
+
 def test_an_adapter_of_another_base_is_refused(base, toy_adapters):
     adapters = toy_adapters("llama")
     stranger = replace(adapters[1], base_name="other/model")

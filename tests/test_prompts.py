@@ -1,5 +1,7 @@
 """Prompts written by models whose every output is forced: a table of which character follows which."""
 
+import copy
+import json
 import logging
 from types import SimpleNamespace
 
@@ -15,7 +17,7 @@ from transformers import GenerationConfig, LlamaConfig, PreTrainedTokenizerFast
 from search.adapters import Factors
 from search.errors import InputError
 from search.groups import group_modules
-from search.prompts import PromptRequest, PromptSet, write_prompts
+from search.prompts import PromptRequest, PromptSet, describe_prompts, read_prompts, write_prompts
 from search.sampling import is_loop
 from search.stack import StackedFactors, stack_module
 
@@ -326,3 +328,53 @@ def test_the_hash_follows_the_tokens_the_experts_and_the_scored_positions():
         PromptSet(whole.ids, whole.expert, ((0,),) * 4, whole.texts, whole.from_skeleton, 2).sha256,
     }
     assert len(hashes) == 5
+
+
+def recorded(whole: PromptSet, n_searched: int = 2) -> dict:
+    """The trace's event `prompts`, as it is read back."""
+    names = [f"expert-{index}" for index in range(whole.n_experts)]
+    searched, unseen = (describe_prompts(part, names) for part in whole.split(n_searched))
+    return json.loads(json.dumps({"sha256": whole.sha256, "searched": searched, "unseen": unseen}))
+
+
+@pytest.mark.parametrize("n_of_each", [[6, 3, 2], [2, 2], [5], [1, 4]])
+@pytest.mark.parametrize("n_searched", [1, 2, 4])
+def test_recorded_prompts_come_back_as_they_were_split(n_of_each, n_searched):
+    whole = make_set(n_of_each)
+    event = recorded(whole, n_searched)
+    names = [f"expert-{index}" for index in range(len(n_of_each))]
+    for read, part in zip(read_prompts(event, names), whole.split(n_searched), strict=True):
+        assert read.sha256 == part.sha256
+        assert (read.ids, read.scored, read.texts) == (part.ids, part.scored, part.texts)
+        assert (read.from_skeleton, read.n_experts) == (part.from_skeleton, part.n_experts)
+        assert read.expert.tolist() == part.expert.tolist()
+        assert read.expert.dtype == np.int64
+
+
+def test_written_prompts_are_recorded_with_the_name_of_their_expert():
+    prompts = write([answers("x"), answers("y")], [[SKELETON], [SKELETON]])
+    described = describe_prompts(prompts, ("sums", "chat"))
+    assert [row["expert"] for row in described] == ["sums"] * 4 + ["chat"] * 4
+    assert all(row["text"].endswith("x" if row["expert"] == "sums" else "y") for row in described)
+    assert {tuple(row) for row in described} == {("expert", "text", "ids", "scored", "from_skeleton")}
+
+
+@pytest.mark.parametrize("part", ["searched", "unseen"])
+@pytest.mark.parametrize("field", ["ids", "scored", "expert"])
+def test_recorded_prompts_that_were_changed_are_refused(part, field):
+    event = recorded(make_set([3, 3]))
+    changed = copy.deepcopy(event)
+    row = changed[part][-1]
+    row[field] = "expert-0" if field == "expert" else [*row[field][:-1], row[field][-1] + 1]
+    with pytest.raises(InputError, match=r"the trace's prompts have hash .* its line was changed") as caught:
+        read_prompts(changed, ("expert-0", "expert-1"))
+    assert event["sha256"][:12] in str(caught.value)
+    assert "choose another --out" in str(caught.value)
+
+
+def test_recorded_prompts_of_which_one_is_missing_or_another_experts_are_refused():
+    event = recorded(make_set([3, 3]))
+    with pytest.raises(InputError, match="its line was changed"):
+        read_prompts({**event, "searched": event["searched"][1:]}, ("expert-0", "expert-1"))
+    with pytest.raises(InputError, match="its line was changed"):
+        read_prompts(event, ("expert-1", "expert-0"))

@@ -1,0 +1,186 @@
+"""Setup: what is loaded and checked before anything is computed, and what the trace's header says of it."""
+
+import json
+import shutil
+import sys
+
+import numpy as np
+import pytest
+
+from search.base import load_base
+from search.config import config_hash, load_config
+from search.errors import InputError
+from search.files import sha256_file
+from search.priors import Prior, PriorBase, PriorObjective, PriorProvenance, PriorRun, save_prior
+from search.resume import Record, refuse_changes
+from search.setup import load_setup
+from search.steering import confine_weak
+from search.trace import Trace, TraceWriter
+from tests.test_merges import save_toy_zoo
+
+
+@pytest.fixture(scope="module")
+def zoo(tmp_path_factory):
+    return save_toy_zoo(tmp_path_factory.mktemp("zoo"))
+
+
+@pytest.fixture(scope="module")
+def base(zoo):
+    """The base, loaded once for all tests."""
+    return load_base(str(zoo.parent / "base"), device="cpu")
+
+
+@pytest.fixture
+def setup(zoo, base):
+    """Load a setup with overrides."""
+    return lambda *overrides, **options: load_setup(configured(zoo, *overrides), base, **options)
+
+
+def configured(zoo, *overrides):
+    return load_config(zoo, ["device=cpu", *overrides])
+
+
+def write_prior(path, adapters, start, spread=0.1):
+    """A prior of one run; `adapters` are (name, sha256)."""
+    table = np.full((2, len(adapters)), 0.0) + start
+    run = PriorRun(
+        trace="run/trace.jsonl",
+        sha256="f" * 64,
+        seed=3,
+        evaluations=24,
+        ended_by="evaluations",
+        objective=PriorObjective("entropy_excess", "mean_sqrt"),
+        winner="mean",
+        loss=0.25,
+        adapters=tuple(name for name, _ in adapters),
+    )
+    prior = Prior(
+        names=run.adapters,
+        hashes=tuple(sha256 for _, sha256 in adapters),
+        runs_of=(1,) * len(adapters),
+        groups=("layer.0", "layer.1"),
+        start=table,
+        spread=np.full(table.shape, spread),
+        runs=(run,),
+        base=PriorBase("base", None),
+        provenance=PriorProvenance(None, {"numpy": "2"}),
+    )
+    save_prior(prior, path)
+    return path
+
+
+def hash_of(zoo, name):
+    return sha256_file(zoo.parent / "adapters" / name / "adapter_model.safetensors")
+
+
+def test_without_a_prior_the_start_is_the_configured_one_everywhere(setup):
+    loaded = setup("search.start=0.4", "search.sigma=0.2")
+    np.testing.assert_array_equal(loaded.first.start, np.full((2, 3), 0.4))
+    np.testing.assert_array_equal(loaded.first.spread, np.full((2, 3), 0.2))
+    assert (loaded.prior, loaded.describe_prior(), loaded.describe()["prior"]) == (None, None, None)
+
+
+def test_a_prior_gives_start_and_spread_to_the_adapters_that_it_knows(zoo, setup, tmp_path):
+    known = [("expert-2", hash_of(zoo, "expert-2")), ("expert-0", hash_of(zoo, "expert-0"))]
+    path = write_prior(tmp_path / "prior.json", known, [0.7, 0.9], 0.05)
+    loaded = setup(f"search.prior={path}")
+    np.testing.assert_array_equal(loaded.first.start, [[0.9, 0.3, 0.7]] * 2)
+    np.testing.assert_array_equal(loaded.first.spread, [[0.05, 0.15, 0.05]] * 2)
+    identity = {"source": str(path), "sha256": sha256_file(path)}
+    assert loaded.describe()["prior"] == identity
+    assert loaded.describe_prior() == {**identity, "missing": ("expert-1",)}
+
+
+def test_a_prior_of_other_weights_under_the_same_name_is_refused_unless_allowed(zoo, setup, tmp_path):
+    path = write_prior(tmp_path / "prior.json", [("expert-0", "0" * 64)], 0.7)
+    with pytest.raises(InputError, match="expert-0") as caught:
+        setup(f"search.prior={path}")
+    assert "allow_changed_adapters" in str(caught.value)
+    assert "\n" not in str(caught.value)
+    allowed = setup(f"search.prior={path}", "search.allow_changed_adapters=true")
+    np.testing.assert_array_equal(allowed.first.start, [[0.7, 0.3, 0.3]] * 2)
+
+
+def test_a_file_that_is_no_prior_is_named(setup, tmp_path):
+    (tmp_path / "prior.json").write_text("{}")
+    with pytest.raises(InputError, match=r"prior\.json") as caught:
+        setup(f"search.prior={tmp_path / 'prior.json'}")
+    assert "\n" not in str(caught.value)
+
+
+def test_the_run_is_grouped_by_its_finest_stage_and_each_stage_has_its_own_space(setup):
+    loaded = setup("search.stages=[{share: 1, groups: model}, {share: 2, groups: part}, {share: 1}]")
+    assert loaded.parts.shape == (4, 3)
+    assert loaded.describe()["groups"][0] == "layer.0.attention"
+    nobody = confine_weak(np.zeros(3, dtype=bool))
+    stages = loaded.plan(type("Measured", (), {"bounds": nobody}))
+    assert [stage.space.n_params for stage in stages] == [3, 12, 6]
+    assert [stage.share for stage in stages] == [1, 2, 1]
+    assert [stage.settings["groups"] for stage in stages] == ["model", "part", "layer"]
+
+
+def test_the_header_is_plain_json_and_names_everything_a_result_depends_on(zoo, setup):
+    loaded = setup("search.seed=7")
+    header = json.loads(json.dumps(loaded.describe()))
+    assert header["config"] == loaded.config.model_dump(mode="json")
+    assert header["config_sha256"] == config_hash(loaded.config)
+    assert (header["seed"], header["objective"], header["device"]) == (7, "entropy_excess", "cpu")
+    assert [adapter["sha256"] for adapter in header["adapters"]] == [
+        hash_of(zoo, f"expert-{index}") for index in range(3)
+    ]
+
+
+def test_the_header_of_the_same_run_does_not_refuse_itself(setup, tmp_path):
+    header = setup("search.stages=[{share: 1, groups: model}, {share: 2}]").describe()
+    path = tmp_path / "trace.jsonl"
+    with TraceWriter(path) as trace:
+        trace.header(header)
+    refuse_changes(Record(Trace.load(path)), header, path)
+
+
+def test_an_objective_of_ones_own_goes_before_the_configured_one(setup, tmp_path, monkeypatch):
+    def mine(merged_logp, expert_logp, next_tokens):
+        return (merged_logp - expert_logp).abs().sum(-1)
+
+    loaded = setup(objective=mine)
+    assert loaded.objective is mine
+    assert loaded.describe()["objective"].endswith(
+        ":test_an_objective_of_ones_own_goes_before_the_configured_one.<locals>.mine"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (tmp_path / "of_setup.py").write_text("def gap(m, e, t):\n    return (m - e).abs().sum(-1)\n")
+    loaded = setup("objective.name=of_setup:gap")
+    assert loaded.objective.__name__ == "gap"
+    assert loaded.describe()["objective"] == "of_setup:gap"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["search.optimizer=CAM"], "unknown optimizer 'CAM'"),
+        (["search.n_candidates=3", "search.max_evaluations=9"], "'CMA' needs at least 4 candidates"),
+        (["objective.name=no_such_module:function"], "no_such_module"),
+        (["objective.name=json:no_such_function"], "no_such_function"),
+    ],
+)
+def test_what_cannot_be_searched_is_refused_before_anything_is_computed(setup, overrides, expected):
+    with pytest.raises(InputError, match=expected) as caught:
+        setup(*overrides)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_optimizer_is_tried_on_every_stage(setup):
+    """It may work in the first space and fail in the last."""
+    stages = "search.stages=[{share: 1, groups: model}, {share: 1, groups: module}]"
+    loaded = setup(stages, "search.optimizer=OnePlusOne")
+    assert len(loaded.parts.groups.names) == 14
+
+
+def test_the_base_is_loaded_where_none_is_handed_over(zoo, tmp_path):
+    loaded = load_setup(configured(zoo))
+    assert loaded.parts.base.source == str(zoo.parent / "base")
+    shutil.copytree(zoo.parent / "adapters", tmp_path / "adapters")
+    (tmp_path / "adapters/expert-1/adapter_model.safetensors").write_bytes(b"")
+    with pytest.raises(InputError, match="expert-1"):
+        load_setup(configured(zoo, f"adapters={tmp_path / 'adapters'}"))
