@@ -1,10 +1,12 @@
 """Concord: search, without data, for the mixture of LoRA experts that agrees with each on its own text.
 
-All of it is `run_search(SearchConfig, output=...)`; `search.merge` turns coefficients into a model.
+`run_search(load_config(Path("configs/demo.yaml")), output=Path("output/mine"))` does all of it; `Steps` lets
+the caller drive each step; `search.merge` turns coefficients into a model.
 """
 
-from search.config import SearchConfig
+from search.config import SearchConfig, load_config
 from search.run import RunResult, run_search
+from search.steps import Steps
 from search.trace import Trace
 
-__all__ = ["RunResult", "SearchConfig", "Trace", "merge", "run_search"]
+__all__ = ["RunResult", "SearchConfig", "Steps", "Trace", "load_config", "merge", "run_search"]

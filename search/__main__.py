@@ -1,7 +1,7 @@
-"""The command: `python -m search run CONFIG [--set section.key=value ...] [--out DIR]`.
+"""The command: `python -m search run | resume | priors | merge | report | doctor`.
 
-Knows arguments, exit codes (0 done, 2 bad input, 130 interrupted) and what is printed: one JSON line on
-stdout at the end, everything else on stderr.
+Knows arguments, exit codes (0 done, 1 failed, 2 bad input, 130 interrupted) and what is printed: one line of
+JSON on stdout at the end, everything else on stderr.
 """
 
 import argparse
@@ -9,26 +9,52 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
-from search.config import load_config
+from transformers.utils import logging as transformers_logging  # type: ignore[attr-defined]
+
+from search.config import SearchConfig, load_config, rebuild_config
+
 from search.errors import InputError
+from search.export import export_merge
+from search.prior_learning import learn_prior
+from search.priors import save_prior
+from search.recorded import TRACE_FILE
+from search.report import write_report
 from search.run import run_search
+from search.trace import Trace
+
+Outcome = tuple[dict[str, Any], int]
+"""What the JSON line says, and the exit code."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a subcommand, and turn bad input and Ctrl-C into one line and an exit code."""
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(message)s")
+    quiet_other_libraries()
     try:
-        return run_command(parse_command(argv))
+        arguments = parse_command(argv)
+        document, code = arguments.do(arguments)
     except InputError as error:
         print("error:", " ".join(str(error).splitlines()), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    print(json.dumps(document))
+    return int(code)
+
+
+def quiet_other_libraries() -> None:
+    """Keep stderr for what a user can act on."""
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(torch|transformers)\.")
 
 
 def parse_command(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -38,38 +64,158 @@ def parse_command(argv: Sequence[str] | None) -> argparse.Namespace:
         def error(self, message: str) -> NoReturn:
             raise InputError(f"{message}. See --help.")
 
-    parser = RefusingParser(prog="python -m search", description="Merge LoRA experts without data.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    run = commands.add_parser("run", help="search for coefficients, and write the merged adapter")
-    run.add_argument("config", type=Path, help="YAML file")
-    run.add_argument(
-        "--set",
-        dest="overrides",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="section.key=value",
-        help="settings that replace the file's",
+    parser = RefusingParser(
+        prog="python -m search",
+        description="Merge LoRA experts of one base model without data.",
+        epilog="Each command ends with one line of JSON on stdout. COMMAND --help has an example.",
     )
-    run.add_argument("--out", type=Path, metavar="DIR", help="default: output/search/<name of the config>")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def add(name: str, do: Callable[[argparse.Namespace], Outcome], help_: str, example: str) -> Any:
+        command = commands.add_parser(
+            name,
+            help=help_,
+            description=help_[0].upper() + help_[1:] + ".",
+            epilog=f"example: python -m search {example}",
+        )
+        command.set_defaults(do=do)
+        return command
+
+    _add_searches(add)
+    _add_readers(add)
     return parser.parse_args(argv)
 
 
-def run_command(arguments: argparse.Namespace) -> int:
-    """Run one search; return the exit code."""
+def _add_searches(add: Callable[..., Any]) -> None:
+    """The commands that take a configuration."""
+    run = add(
+        "run",
+        run_command,
+        "search for coefficients and write the merged adapter; go on where the trace in DIR ends",
+        "run configs/demo.yaml --set search.seed=1 search.time_box_s=600 --out output/seed1",
+    )
+    run.add_argument("--out", type=Path, metavar="DIR", help="default: output/search/<name of the config>")
+    doctor = add(
+        "doctor",
+        doctor_command,
+        "say what a run would do, what it costs here and what fits the time box; search nothing",
+        "doctor configs/demo.yaml",
+    )
+    for command in (run, doctor):
+        command.add_argument("config", type=Path, metavar="CONFIG", help="YAML file")
+        command.add_argument(
+            "--set",
+            dest="overrides",
+            nargs="+",
+            action="extend",
+            default=[],
+            metavar="section.key=value",
+            help="settings that replace the file's",
+        )
+    resume = add(
+        "resume",
+        resume_command,
+        "go on with the run in DIR, with the configuration that it was begun with",
+        "resume output/seed1",
+    )
+    resume.add_argument("folder", type=Path, metavar="DIR", help="that holds trace.jsonl")
+
+
+def _add_readers(add: Callable[..., Any]) -> None:
+    """The commands that take what a run has written."""
+    priors = add(
+        "priors",
+        priors_command,
+        "learn a start and a spread for later searches from finished runs",
+        "priors output/seed*/trace.jsonl -o configs/priors/mine.json",
+    )
+    priors.add_argument("traces", type=Path, nargs="+", metavar="TRACE")
+    priors.add_argument("-o", dest="output", type=Path, required=True, metavar="FILE")
+    merge = add(
+        "merge",
+        merge_command,
+        "merge by recorded coefficients: one exact adapter, one of a smaller rank, or a dense model",
+        "merge output/seed1/coefficients.json -o merged --rank 64",
+    )
+    merge.add_argument("source", type=Path, metavar="TRACE|coefficients.json|DIR")
+    merge.add_argument("-o", dest="output", type=Path, required=True, metavar="DIR")
+    shape = merge.add_mutually_exclusive_group()
+    shape.add_argument("--rank", type=int, metavar="R", help="cut each module to R by SVD; the error is told")
+    shape.add_argument("--dense", action="store_true", help="fold into the base: a whole model")
+    merge.add_argument("--dtype", default="auto", help="of the weights written; default: %(default)s")
+    merge.add_argument("--allow-pickle", action="store_true", help="read adapter_model.bin too")
+    report = add(
+        "report",
+        report_command,
+        "draw what traces hold, as one self-contained HTML file",
+        "report output/seed1/trace.jsonl -o report.html",
+    )
+    report.add_argument("traces", type=Path, nargs="+", metavar="TRACE")
+    report.add_argument("-o", dest="output", type=Path, required=True, metavar="FILE")
+
+
+def run_command(arguments: argparse.Namespace) -> Outcome:
+    """Run one search, or go on with it."""
     config = load_config(arguments.config, arguments.overrides)
-    output = arguments.out or Path("output/search") / arguments.config.stem
-    result = run_search(config, output=output, reserve_s=time.process_time(), resume=True)
+    return _search(config, arguments.out or Path("output/search") / arguments.config.stem)
+
+
+def resume_command(arguments: argparse.Namespace) -> Outcome:
+    """Go on with the run of a folder."""
+    path = arguments.folder / TRACE_FILE
+    return _search(rebuild_config(Trace.load(path).header.get("config"), str(path)), arguments.folder)
+
+
+def _search(config: SearchConfig, output: Path) -> Outcome:
+    reserve_s = time.process_time()  # so long importing took
+    result = run_search(config, output=output, reserve_s=reserve_s, resume=True)
     print(result.report, file=sys.stderr)
-    outcome = {
+    document = {
         "output": str(output),
         "winner": result.winner,
         "loss": result.loss,
         "evaluations": result.evaluations,
         "ended_by": result.ended_by,
     }
-    print(json.dumps(outcome))
-    return 130 if result.ended_by == "interrupt" else 0
+    return document, 130 if result.ended_by == "interrupt" else 0
+
+
+def doctor_command(arguments: argparse.Namespace) -> Outcome:
+    """Examine what a run would do."""
+    diagnosis = examine(load_config(arguments.config, arguments.overrides))
+    print(describe_diagnosis(diagnosis), file=sys.stderr)
+    return diagnosis_document(diagnosis), 0
+
+
+def priors_command(arguments: argparse.Namespace) -> Outcome:
+    """Learn a prior."""
+    prior = learn_prior(arguments.traces)
+    save_prior(prior, arguments.output)
+    return {
+        "output": str(arguments.output),
+        "runs": len(prior.runs),
+        "adapters": len(prior.names),
+        "groups": len(prior.groups),
+    }, 0
+
+
+def merge_command(arguments: argparse.Namespace) -> Outcome:
+    """Write a merge in the form asked for."""
+    result = export_merge(
+        arguments.source,
+        arguments.output,
+        rank=arguments.rank,
+        dense=arguments.dense,
+        allow_pickle=arguments.allow_pickle,
+        dtype=arguments.dtype,
+    )
+    return asdict(result), 0
+
+
+def report_command(arguments: argparse.Namespace) -> Outcome:
+    """Write a report."""
+    write_report(arguments.traces, arguments.output)
+    return {"output": str(arguments.output), "traces": [str(path) for path in arguments.traces]}, 0
 
 
 if __name__ == "__main__":

@@ -144,6 +144,18 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> SearchConfig:
         raise InputError(_describe_mistake(error, str(path), overrides).replace("\n", "\\n")) from None
 
 
+def rebuild_config(recorded: Any, path: str) -> SearchConfig:
+    """Rebuild the configuration that a trace's header holds; weights are looked for where they were.
+
+    Raises:
+        InputError: if it is none, or a folder is gone.
+    """
+    try:
+        return SearchConfig.model_validate(recorded)
+    except ValidationError as error:
+        raise InputError(_describe_mistake(error, f"{path}: config", ()).replace("\n", "\\n")) from None
+
+
 def config_hash(config: SearchConfig) -> str:
     """Return the hex SHA-256 of all settings, defaults included, whatever their order in the file."""
     text = json.dumps(config.model_dump(mode="json"), sort_keys=True)

@@ -27,6 +27,10 @@ class UniqueKeyLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+_SHORT_FORMS = {"base": "source", "space": "groups"}
+"""Sections that may be a string, and the key that it stands for."""
+
+
 def read_mapping(path: Path, overrides: Sequence[str]) -> dict[Any, Any]:
     """Return the file's top-level mapping with the overrides applied; sections left empty are dropped.
 
@@ -65,18 +69,22 @@ def _parse_yaml(text: str, where: str) -> Any:
 
 
 def _apply_override(document: dict[Any, Any], override: str) -> None:
-    """Set "key=value" or "section.key=value" in place; a section given as its short form keeps its source."""
+    """Set "key=value" or "section.key=value" in place, however deep; a short form keeps its value."""
     path, equals, text = override.partition("=")
-    section, dot, key = path.strip().partition(".")
-    if not equals or not section or (dot and not key) or "." in key:
+    *sections, key = path.strip().split(".")
+    if not equals or not all([*sections, key]):
         raise InputError(f"override {override!r}: expected section.key=value, such as search.seed=3")
     value = _parse_yaml(text, f"override {override!r}")
-    if not dot:
-        document[section] = value
-        return
-    settings = document.get(section) or {}
-    if isinstance(settings, str):
-        settings = {"source": settings}
-    if not isinstance(settings, dict):
-        raise InputError(f"override {override!r}: {section!r} is a list here; change it in the file")
-    document[section] = {**settings, key: value}
+    settings = document
+    for section in sections:
+        inner = settings.get(section) or {}
+        if isinstance(inner, str) and section in _SHORT_FORMS:
+            inner = {_SHORT_FORMS[section]: inner}
+        if not isinstance(inner, dict):
+            raise InputError(
+                f"override {override!r}: {section!r} is a {type(inner).__name__} here, expected "
+                "section.key=value, such as search.seed=3; change it in the file"
+            )
+        settings[section] = {**inner}
+        settings = settings[section]
+    settings[key] = value
