@@ -2,6 +2,10 @@
 
 import copy
 import json
+import os
+import resource
+import signal
+import sys
 from functools import partial
 from types import SimpleNamespace
 
@@ -13,11 +17,13 @@ from peft import PeftModel
 
 import search
 from search import Trace, run_search
+from search.base import load_base
 from search.config import load_config
 from search.errors import InputError
 from search.evaluate import PopulationEvaluator
-from search.loop import Scores
 from search.merge import fold_adapters
+from search.objective import entropy_excess
+from search.stages import GenomeEvaluator
 from search.timebox import TimeBox
 from tests.test_base import make_toy_model
 from tests.test_merges import IDS, save_toy_zoo
@@ -28,6 +34,9 @@ QUICK = (
     *("search.max_evaluations=24", "search.n_candidates=6", "search.n_finalists=3"),
 )
 TIMES = {"elapsed_s", "seconds", "peak_bytes", "left_s", "needed_s"}
+EVENTS = ["prompts", "signals", "references", "search", "stage", "stage_ended", "search_ended"]
+ENDS_WELL = "objective.weak_signal_nats=100"
+"""All adapters are near the uniform merge: no single expert wins, something that was found does."""
 
 
 @pytest.fixture(scope="module")
@@ -35,13 +44,20 @@ def zoo(tmp_path_factory):
     return save_toy_zoo(tmp_path_factory.mktemp("zoo"))
 
 
+@pytest.fixture(scope="module")
+def base(zoo):
+    """The base, loaded once for all runs."""
+    return load_base(str(zoo.parent / "base"), device="cpu")
+
+
 @pytest.fixture
-def run(zoo, tmp_path):
+def run(zoo, base, tmp_path):
     """Run with overrides; the result, the trace and the folder."""
 
     def start(*overrides, folder="out", **options):
         output = tmp_path / folder
-        result = run_search(load_config(zoo, [*QUICK, *overrides]), output=output, **options)
+        config = load_config(zoo, [*QUICK, *overrides])
+        result = run_search(config, output=output, **{"base": base, **options})
         return result, Trace.load(output / "trace.jsonl"), output
 
     return start
@@ -59,34 +75,55 @@ def event(trace, name):
     return next(found for found in trace.events if found["event"] == name)
 
 
-def interrupt_at(monkeypatch, call):
-    """Raise KeyboardInterrupt in the search's n-th generation."""
-    calls = []
-    evaluate = PopulationEvaluator.evaluate
+def names_of(trace):
+    return [found["event"] for found in trace.events]
 
-    def interrupted(self, genomes):
+
+def timeless(output):
+    """All lines of a trace without what depends on the clock."""
+    lines = map(json.loads, (output / "trace.jsonl").read_text().splitlines())
+    return [{key: value for key, value in line.items() if key not in TIMES} for line in lines]
+
+
+def at_scoring(monkeypatch, call, action):
+    """Do something before the search scores candidates for the n-th time (without a race: the generation)."""
+    calls = []
+    score_blocks = GenomeEvaluator.score_blocks
+
+    def scored(self, genomes, blocks):
         calls.append(genomes)
         if len(calls) == call:
-            raise KeyboardInterrupt
-        return evaluate(self, genomes)
+            action()
+        return score_blocks(self, genomes, blocks)
 
-    monkeypatch.setattr(PopulationEvaluator, "evaluate", interrupted)
+    monkeypatch.setattr(GenomeEvaluator, "score_blocks", scored)
+
+
+def ctrl_c():
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.fixture
+def impatient(monkeypatch):
+    """What is under way is dropped as soon as somebody interrupts."""
+    monkeypatch.setattr("search.interruption.GRACE_S", 0.0)
 
 
 def test_the_public_names_are_there():
-    assert set(search.__all__) == {"RunResult", "SearchConfig", "Trace", "merge", "run_search"}
+    assert {"RunResult", "SearchConfig", "Trace", "merge", "run_search"} <= set(search.__all__)
     assert all(hasattr(search, name) for name in search.__all__)
 
 
 def test_a_run_writes_trace_adapter_and_coefficients_and_nothing_else(finished):
     result, trace, output = finished
     files = {str(path.relative_to(output)) for path in output.rglob("*") if path.is_file()}
-    adapter = {"adapter/adapter_config.json", "adapter/adapter_model.safetensors"}
-    assert files == {"trace.jsonl", "coefficients.json", *adapter}
+    adapter = {"adapter_config.json", "adapter_model.safetensors", "README.md", "coefficients.json"}
+    assert files == {"trace.jsonl", "coefficients.json", *(f"adapter/{name}" for name in adapter)}
     document = json.loads((output / "coefficients.json").read_text())
     np.testing.assert_array_equal(document["coefficients"], result.coefficients)
     assert document["method"] == "concord"
-    assert document["base"] == trace.header["base"]
+    assert document["base"] == {**trace.header["base"], "name": trace.header["config"]["base"]["name"]}
+    assert document == json.loads((output / "adapter/coefficients.json").read_text())
     objective, provenance = document["objective"], document["provenance"]
     assert (objective["name"], objective["combine"]) == ("entropy_excess", "mean_sqrt")
     assert objective["loss"] == result.loss
@@ -109,11 +146,14 @@ def test_the_header_says_what_the_run_depends_on(finished, zoo):
 
 def test_the_trace_tells_the_whole_run_in_order_and_pandas_reads_it(finished):
     _, trace, output = finished
-    names = ["prompts", "signals", "references", "search", "search_ended", "finalists", "merged"]
-    assert [found["event"] for found in trace.events] == names
+    assert names_of(trace) == [*EVENTS, "finalists", "merged"]
     assert [generation.evaluations for generation in trace.generations] == [6, 12, 18, 24]
     table = pd.read_json(output / "trace.jsonl", lines=True)
-    assert (table["kind"] == "generation").sum() == 4
+    generations = table[table["kind"] == "generation"]
+    assert generations["evaluations"].tolist() == [6, 12, 18, 24]
+    for losses, generation in zip(generations["losses"], trace.generations, strict=True):
+        np.testing.assert_allclose(losses, generation.losses)
+    assert table["event"].dropna().tolist() == names_of(trace)
     prompts = event(trace, "prompts")
     assert (len(prompts["searched"]), len(prompts["unseen"])) == (9, 12)
     texts = [prompt["text"] for part in ("searched", "unseen") for prompt in prompts[part]]
@@ -121,13 +161,12 @@ def test_the_trace_tells_the_whole_run_in_order_and_pandas_reads_it(finished):
 
 
 def test_the_same_seed_gives_the_same_merge_and_trace_and_another_seed_does_not(finished, run):
-    def timeless(output):
-        lines = map(json.loads, (output / "trace.jsonl").read_text().splitlines())
-        return [{key: value for key, value in line.items() if key not in TIMES} for line in lines]
-
     again, _, output = run()
     np.testing.assert_array_equal(again.coefficients, finished[0].coefficients)
-    assert timeless(output) == timeless(finished[2])
+    lines, expected = timeless(output), timeless(finished[2])
+    for header in (lines[0], expected[0]):
+        del header["commit"]  # of a checkout that somebody may be working in
+    assert lines == expected
     _, other, _ = run("search.seed=1", folder="other")
     assert event(other, "prompts")["sha256"] != event(finished[1], "prompts")["sha256"]
     assert not np.array_equal(other.generations[0].genomes, finished[1].generations[0].genomes)
@@ -197,6 +236,7 @@ def test_a_tiny_time_box_still_gives_one_generation_and_says_so(run):
     assert (result.ended_by, result.evaluations, len(trace.generations)) == ("clock", 6, 1)
     assert event(trace, "finalists_skipped")["needed_s"] > 0
     judged = event(trace, "finalists")
+    assert names_of(trace) == [*EVENTS, "finalists_skipped", "finalists", "merged"]
     assert (judged["prompts"], judged["names"]) == ("searched", ["base", "uniform", "archive 1"])
     assert result.loss == min(judged["losses"])
     assert judged["losses"][2] == pytest.approx(trace.generations[0].losses.min())
@@ -215,15 +255,16 @@ class TokenClock:
     def __init__(self, monkeypatch):
         self.now_s = 0.0
         monkeypatch.setattr("search.run.TimeBox", partial(TimeBox, clock=self))
-        for module in ("steering", "delivery"):
+        for module in ("run", "steering", "ending", "delivery"):
             monkeypatch.setattr(f"search.{module}.time", SimpleNamespace(monotonic=self))
-        fill = PopulationEvaluator._position_values
+        prompt_sums = PopulationEvaluator._prompt_sums
 
-        def slow_fill(evaluator, objective, coefficients):
-            self.now_s += 0.01 * len(coefficients) * evaluator._prompts.n_tokens
-            return fill(evaluator, objective, coefficients)
+        def slow_sums(evaluator, objective, coefficients, prompts):
+            n_tokens = sum(len(evaluator._prompts.ids[prompt]) for prompt in prompts)
+            self.now_s += 0.01 * len(coefficients) * n_tokens
+            return prompt_sums(evaluator, objective, coefficients, prompts)
 
-        monkeypatch.setattr(PopulationEvaluator, "_position_values", slow_fill)
+        monkeypatch.setattr(PopulationEvaluator, "_prompt_sums", slow_sums)
 
     def __call__(self):
         return self.now_s
@@ -241,52 +282,80 @@ def test_a_run_ends_within_its_time_box_finalists_included(run, monkeypatch, lim
     assert event(trace, "finalists")["prompts"] == "unseen"
 
 
-def test_an_interrupt_in_the_search_merges_the_best_so_far(run, monkeypatch):
-    interrupt_at(monkeypatch, 3)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_in_the_search_ends_it_after_the_generation_and_merges_the_best(
+    run, monkeypatch, number, capfd
+):
+    at_scoring(monkeypatch, 2, lambda: os.kill(os.getpid(), number))
+    before = [signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)]
     result, trace, output = run()
     assert (result.ended_by, result.evaluations, len(trace.generations)) == ("interrupt", 12, 2)
+    assert names_of(trace) == [*EVENTS, "interrupt", "finalists", "merged"]
     assert event(trace, "interrupt")["phase"] == "search"
-    assert event(trace, "search_ended")["ended_by"] == "interrupt"
+    ends = [event(trace, name)["ended_by"] for name in ("stage_ended", "search_ended", "merged")]
+    assert ends == ["interrupt"] * 3
     best = min(trace.generations, key=lambda generation: generation.losses.min())
     genome = best.genomes[best.losses.argmin()]
     np.testing.assert_array_equal(result.coefficients, genome.reshape(2, 3))
     assert result.winner == "archive 1"
+    assert (event(trace, "finalists")["prompts"], result.loss) == ("searched", best.losses.min())
     document = json.loads((output / "coefficients.json").read_text())
     assert document["provenance"]["ended_by"] == "interrupt"
     np.testing.assert_array_equal(document["coefficients"], result.coefficients)
+    assert (output / "adapter/adapter_model.safetensors").exists()
     assert "ended by an interrupt" in result.report
+    assert "interrupted: the best so far is merged now" in capfd.readouterr().err
+    assert [signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)] == before
 
 
-def test_an_interrupt_before_anything_is_scored_merges_uniformly(run, monkeypatch):
-    interrupt_at(monkeypatch, 1)
+def test_a_generation_that_takes_longer_than_the_grace_is_dropped(run, monkeypatch, impatient):
+    at_scoring(monkeypatch, 3, ctrl_c)
+    result, trace, _ = run()
+    assert (result.ended_by, result.evaluations, len(trace.generations)) == ("interrupt", 12, 2)
+    assert result.winner == "archive 1"
+
+
+def test_a_second_interrupt_ends_at_once(run, monkeypatch, tmp_path):
+    def twice():
+        ctrl_c()
+        ctrl_c()
+
+    at_scoring(monkeypatch, 2, twice)
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    trace = Trace.load(tmp_path / "out/trace.jsonl")
+    assert (len(trace.generations), names_of(trace)) == (1, EVENTS[:5])
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["trace.jsonl"]
+
+
+def test_an_interrupt_before_anything_is_scored_merges_uniformly(run, monkeypatch, impatient):
+    at_scoring(monkeypatch, 1, ctrl_c)
     result, _, _ = run()
     assert (result.ended_by, result.winner, result.evaluations) == ("interrupt", "uniform", 0)
     np.testing.assert_array_equal(result.coefficients, np.full((2, 3), 1 / 3))
 
 
-def test_an_interrupt_among_the_finalists_falls_back_on_the_searched_prompts(run, monkeypatch):
-    score = PopulationEvaluator.score
+def test_an_interrupt_among_the_finalists_falls_back_on_the_searched_prompts(run, monkeypatch, impatient):
+    agreement = PopulationEvaluator.agreement
 
     def interrupted(self, coefficients):
-        if len(coefficients) > 6:  # more than a generation
-            raise KeyboardInterrupt
-        return score(self, coefficients)
+        ctrl_c()
+        return agreement(self, coefficients)
 
-    monkeypatch.setattr(PopulationEvaluator, "score", interrupted)
+    monkeypatch.setattr(PopulationEvaluator, "agreement", interrupted)
     result, trace, output = run()
     assert (result.ended_by, result.evaluations) == ("interrupt", 24)
+    assert names_of(trace) == [*EVENTS, "interrupt", "finalists", "merged"]
     assert event(trace, "interrupt")["phase"] == "finalists"
     assert event(trace, "search_ended")["ended_by"] == "evaluations"
+    assert event(trace, "merged")["ended_by"] == "interrupt"
     assert event(trace, "finalists")["prompts"] == "searched"
     assert (output / "coefficients.json").exists()
 
 
 @pytest.mark.parametrize("step", ["write_prompts", "expert_signals"])
 def test_an_interrupt_before_the_search_leaves_the_trace_alone(run, monkeypatch, tmp_path, step):
-    def interrupt(*arguments, **options):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(f"search.steering.{step}", interrupt)
+    monkeypatch.setattr(f"search.steering.{step}", lambda *arguments, **options: ctrl_c())
     with pytest.raises(KeyboardInterrupt):
         run()
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["trace.jsonl"]
@@ -294,21 +363,38 @@ def test_an_interrupt_before_the_search_leaves_the_trace_alone(run, monkeypatch,
 
 
 def test_candidates_without_a_finite_loss_never_win(run, monkeypatch):
-    evaluate = PopulationEvaluator.evaluate
+    score_blocks = GenomeEvaluator.score_blocks
 
-    def spoil_the_best(self, genomes):
-        scores = evaluate(self, genomes)
-        losses = scores.losses.copy()
-        losses[losses.argmin()] = np.nan
-        return Scores(losses, scores.per_expert, scores.n_tokens, None)
+    def spoil_the_first(self, genomes, blocks):
+        scores = score_blocks(self, genomes, blocks)
+        scores.sums[0] = np.nan
+        return scores
 
-    monkeypatch.setattr(PopulationEvaluator, "evaluate", spoil_the_best)
-    interrupted, trace, _ = run("search.time_box_s=0.001")
-    spoiled = trace.generations[0]
-    assert np.isnan(spoiled.losses).sum() == 1
-    coefficients = interrupted.coefficients.reshape(-1)
-    assert not np.array_equal(coefficients, spoiled.genomes[np.isnan(spoiled.losses).argmax()])
-    assert np.isfinite(interrupted.loss)
+    monkeypatch.setattr(GenomeEvaluator, "score_blocks", spoil_the_first)
+    result, trace, _ = run("search.race_keep=0.5", ENDS_WELL)
+    for generation in trace.generations:
+        first = generation.rungs[0]
+        assert first["losses"][0] is None
+        assert 0 not in generation.rungs[1]["candidates"]
+        assert np.isnan(generation.losses[0])
+        assert np.isnan(generation.per_expert[0]).all()
+    assert np.isfinite(result.loss)
+    spoiled = [generation.genomes[0] for generation in trace.generations]
+    assert not any(np.array_equal(result.coefficients.ravel(), genome) for genome in spoiled)
+
+
+def test_without_any_finite_loss_the_run_is_refused_in_one_line_and_the_trace_says_so(
+    run, monkeypatch, tmp_path
+):
+    def spoil_all(self, sums, counts):
+        return np.full(len(sums), np.nan), sums * np.nan
+
+    monkeypatch.setattr(GenomeEvaluator, "combine", spoil_all)
+    with pytest.raises(InputError, match="none of 6 candidates has a finite loss") as caught:
+        run()
+    assert "\n" not in str(caught.value)
+    (generation,) = Trace.load(tmp_path / "out/trace.jsonl").generations
+    assert np.isnan(generation.losses).all()
 
 
 def test_the_report_says_what_won_and_on_how_many_prompts_it_agrees(finished):
@@ -328,19 +414,134 @@ def test_the_report_says_what_won_and_on_how_many_prompts_it_agrees(finished):
     assert "differ by at most one minus that share" in result.report
 
 
-def test_memory_that_runs_out_is_recorded_and_told(run, monkeypatch):
-    evaluate = PopulationEvaluator.evaluate
+def run_out_of_memory(monkeypatch, call):
+    """Have memory run out once, in a forward pass of several rows of the search's n-th generation."""
+    armed = []
+    at_scoring(monkeypatch, call, lambda: armed.append(True))
+    scored_logp = search.evaluate.scored_logp
 
-    def run_short(self, genomes):
-        if not self.oom_events:
-            self.oom_events.append({"tokens": 99, "tokens_per_forward": 49})
-        return evaluate(self, genomes)
+    def short_of_memory(model, prompts, rows, *weights):
+        if armed and len(rows) > 1:
+            armed.clear()
+            raise torch.OutOfMemoryError("no")
+        return scored_logp(model, prompts, rows, *weights)
 
-    monkeypatch.setattr(PopulationEvaluator, "evaluate", run_short)
-    result, trace, _ = run()
-    found = [e for e in trace.events if e["event"] == "out_of_memory"]
-    assert [(e["prompts"], e["tokens"], e["tokens_per_forward"]) for e in found] == [("searched", 99, 49)]
-    assert "memory ran out 1 times; at last 49 tokens to a forward pass" in result.report
+    monkeypatch.setattr("search.evaluate.scored_logp", short_of_memory)
+
+
+def test_memory_that_runs_out_in_the_search_is_recorded_and_changes_no_loss(finished, run, monkeypatch):
+    run_out_of_memory(monkeypatch, 2)
+    result, trace, output = run()
+    (found,) = [e for e in trace.events if e["event"] == "out_of_memory"]
+    assert found["phase"] == "search"
+    assert found["tokens_per_forward"] == found["tokens"] // 2
+    kinds = [line.get("event") or line["kind"] for line in timeless(output)]
+    assert kinds[6:10] == ["generation", "generation", "out_of_memory", "generation"]
+    for generation, whole in zip(trace.generations, finished[1].generations, strict=True):
+        np.testing.assert_allclose(generation.losses, whole.losses, rtol=1e-5)
+    budget = found["tokens_per_forward"]
+    assert f"memory ran out 1 times; at last {budget} tokens to a forward pass" in result.report
+
+
+def test_memory_that_runs_out_among_the_signals_is_recorded_there(run, monkeypatch):
+    scored_logp, calls = search.experts.scored_logp, []
+
+    def short_of_memory(*arguments):
+        calls.append(arguments)
+        if len(calls) == 1:
+            raise torch.OutOfMemoryError("no")
+        return scored_logp(*arguments)
+
+    monkeypatch.setattr("search.experts.scored_logp", short_of_memory)
+    _, trace, _ = run()
+    assert names_of(trace)[:5] == ["prompts", "signals", "references", "out_of_memory", "search"]
+    assert event(trace, "out_of_memory")["phase"] == "signals"
+
+
+def test_a_disk_that_fills_up_in_the_search_is_one_line_and_the_trace_can_be_resumed(
+    finished, run, monkeypatch, tmp_path
+):
+    path = tmp_path / "out/trace.jsonl"
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    at_scoring(
+        monkeypatch,
+        3,
+        lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 300, hard)),
+    )
+    try:
+        with pytest.raises(InputError) as caught:
+            run()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    message = f"cannot write {path}: File too large. Free space or choose another folder."
+    assert str(caught.value) == message
+    assert path.read_bytes().endswith(b"}\n")
+    assert len(Trace.load(path).generations) == 2
+    monkeypatch.undo()
+    result, trace, _ = run(resume=True)
+    np.testing.assert_array_equal(result.coefficients, finished[0].coefficients)
+    for generation, whole in zip(trace.generations, finished[1].generations, strict=True):
+        np.testing.assert_array_equal(generation.losses, whole.losses)
+
+
+@pytest.mark.parametrize("in_the_place_of", ["out", "out/trace.jsonl"])
+def test_an_output_that_cannot_be_written_is_one_line(run, tmp_path, in_the_place_of):
+    taken = tmp_path / in_the_place_of
+    taken.parent.mkdir(exist_ok=True)
+    if in_the_place_of == "out":
+        taken.write_text("mine")
+    else:
+        taken.mkdir()
+    with pytest.raises(InputError, match=r"cannot write .*out/trace\.jsonl") as caught:
+        run()
+    assert "\n" not in str(caught.value)
+    assert "choose another folder" in str(caught.value)
+
+
+def test_an_objective_of_ones_own_is_searched_by_and_recorded(finished, run, tmp_path, monkeypatch):
+    def mine(merged_logp, expert_logp, next_tokens):
+        return entropy_excess(merged_logp, expert_logp)
+
+    result, trace, output = run(objective=mine)
+    assert trace.header["objective"] == f"{__name__}:{mine.__qualname__}"
+    document = json.loads((output / "coefficients.json").read_text())
+    assert document["objective"]["name"] == trace.header["objective"]
+    np.testing.assert_array_equal(result.coefficients, finished[0].coefficients)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    source = (
+        "from search.objective import entropy_excess\ndef mine(m, e, t):\n    return entropy_excess(m, e)\n"
+    )
+    (tmp_path / "of_run.py").write_text(source)
+    result, trace, _ = run("objective.name=of_run:mine")
+    assert (trace.header["objective"], trace.header["config"]["objective"]["name"]) == ("of_run:mine",) * 2
+    assert result.loss == finished[0].loss
+    for generation, whole in zip(trace.generations, finished[1].generations, strict=True):
+        np.testing.assert_array_equal(generation.losses, whole.losses)
+
+
+def test_an_objective_that_averages_is_refused_before_the_search(run):
+    with pytest.raises(InputError, match=r"returned .*, expected a floating-point tensor") as caught:
+        run(objective=lambda merged, expert, tokens: (merged - expert).abs().mean())
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("setting", ["refine_steps", "inject_every"])
+def test_gradient_steps_on_an_objective_without_gradient_are_refused_before_the_search(
+    run, tmp_path, setting
+):
+    with pytest.raises(InputError, match="top1_disagreement has no gradient"):
+        run("objective.name=top1_disagreement", f"search.gradient.{setting}=2")
+    assert Trace.load(tmp_path / "out/trace.jsonl").generations == []
+
+
+def test_gradient_steps_from_the_best_give_one_more_finalist(run):
+    result, trace, _ = run("search.gradient.refine_steps=3", ENDS_WELL)
+    refined = event(trace, "refined")
+    assert (refined["steps"], len(refined["losses"])) == (3, 3)
+    assert event(trace, "finalists")["names"][-1] == "refined"
+    assert np.isfinite(result.loss)
 
 
 def test_bad_settings_are_refused_before_anything_is_written(run, tmp_path):
@@ -358,8 +559,8 @@ def test_an_adapter_folder_that_holds_something_else_is_refused_before_the_searc
 
 
 def test_a_base_that_is_loaded_already_is_used(run, zoo, monkeypatch):
-    base = search.run.load_base(str(zoo.parent / "base"), device="cpu")
-    monkeypatch.setattr("search.run.load_base", None)
+    base = load_base(str(zoo.parent / "base"), device="cpu")
+    monkeypatch.setattr("search.setup.load_base", None)
     before = {name: tensor.clone() for name, tensor in base.model.state_dict().items()}
     run(base=base)
     after = base.model.state_dict()
