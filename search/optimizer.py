@@ -95,12 +95,19 @@ class BatchOptimizer:
             raise InputError(f"{self._refusal}: {error}; use CMA") from error
         self._asked: list[Any] = []
         self._worst = np.nan
+        self._has_learned = False
         self._last_spread: FloatArray = self._spread
 
     @property
     def n_injectable(self) -> int:
-        """How many genomes can be put into a generation: it keeps so many of its own as CMA needs."""
-        return self._n_candidates - MIN_POPULATION if self._is_pycma else 0
+        """How many genomes can be put into the next generation, of which CMA needs some of its own.
+
+        Into the first only one: pycma would take two for a mirrored pair, and rescale them.
+        """
+        if not self._is_pycma:
+            return 0
+        room = self._n_candidates - MIN_POPULATION
+        return room if self._has_learned else min(1, room)
 
     def inject(self, genomes: FloatArray) -> None:
         """Have the next `ask` return these (k, n_params) in place of k of its own.
@@ -124,7 +131,7 @@ class BatchOptimizer:
             raise RuntimeError(f"asked again before the losses of {len(self._asked)} genomes were told")
         try:
             self._asked = [self._optimizer.ask() for _ in range(self._n_candidates)]
-        except (RuntimeError, ImportError) as error:
+        except (RuntimeError, ImportError, TypeError) as error:
             raise InputError(f"{self._refusal}: {str(error).splitlines()[0]}; use CMA") from error
         return np.array([self._to_genome(candidate.value) for candidate in self._asked])
 
@@ -151,13 +158,15 @@ class BatchOptimizer:
         self._worst = np.fmax(self._worst, worst)
         asked = np.array([self._to_genome(candidate.value) for candidate in self._asked])
         self._last_spread = np.maximum(asked.std(axis=0), np.finfo(np.float64).tiny)
-        candidates, self._asked = self._asked, []
+        candidates, self._asked, self._has_learned = self._asked, [], True
+        kept_random = np.random.get_state()  # pycma draws from it where it checks itself
         with warnings.catch_warnings():
             # pycma does not recognise its own injected points after nevergrad's rounding, which does no harm
             warnings.filterwarnings("ignore", "orphanated injected solution")
             warnings.filterwarnings("ignore", "elements of z2")  # one far away, whose weight pycma limits
             for candidate, value in zip(candidates, values.tolist(), strict=True):
                 self._optimizer.tell(candidate, value)
+        np.random.set_state(kept_random)
 
     def mean(self) -> FloatArray:
         """Return the mean (n_params,) of the search distribution, else the recommendation."""

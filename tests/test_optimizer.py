@@ -64,11 +64,11 @@ def test_the_same_seed_asks_the_same_and_another_does_not(n_params, n_candidates
 
 def test_global_randomness_is_neither_used_nor_changed():
     np.random.seed(1)
-    first = run(make(), 3)
+    first = run(make(), 8)
     after = np.random.random()
     np.random.seed(1)
     assert np.random.random() == after
-    np.testing.assert_array_equal(run(make(), 3), first)
+    np.testing.assert_array_equal(run(make(), 8), first)
 
 
 @pytest.mark.parametrize("name", ["CMA", "DiagonalCMA", "OnePlusOne", "DE", "TBPSA"])
@@ -180,6 +180,20 @@ def test_cma_learns_from_an_injected_genome(n_params):
     assert sphere(with_it.mean()) < 0.8 * sphere(without.mean())
 
 
+@pytest.mark.parametrize("n_done", range(4))
+def test_injecting_where_the_mean_stands_does_no_harm(n_done):
+    optimizer = make()
+    run(optimizer, n_done)
+    optimizer.inject(optimizer.mean()[None])
+    assert np.isfinite(run(optimizer, 3)).all()
+
+
+def test_into_the_first_generation_goes_one_genome_only():
+    assert make(n_candidates=4).n_injectable == 0
+    with pytest.raises(InputError, match=r"with 2 put in .* at most 1 can be"):
+        make().inject(np.zeros((2, 10)))
+
+
 def test_injecting_before_the_first_generation_works_and_keeps_the_seed():
     asked = []
     for _ in range(2):
@@ -201,6 +215,7 @@ def test_injecting_into_another_than_cma_is_refused(name):
 @pytest.mark.parametrize(("n_candidates", "n_injectable"), [(4, 0), (5, 1), (16, 12)])
 def test_injecting_more_than_leave_cma_enough_of_its_own_is_refused(n_candidates, n_injectable):
     optimizer = make(n_candidates=n_candidates)
+    run(optimizer, 1)
     assert optimizer.n_injectable == n_injectable
     optimizer.inject(np.zeros((n_injectable, 10)))
     with pytest.raises(InputError, match=rf"with {n_injectable + 1} put in .* at most {n_injectable} can be"):
@@ -305,6 +320,10 @@ def test_a_failure_inside_nevergrad_names_the_optimizer():
         InputError, match=r"'NGOpt' cannot search 864 parameters by 16: Mean shift .*; use CMA"
     ):
         run(make(864, 16, name="NGOpt"), 8)
+    optimizer = make(name="DE")
+    optimizer._optimizer.ask = lambda: float([1, 2])
+    with pytest.raises(InputError, match=r"'DE' cannot search 10 parameters by 8: float\(\) .*; use CMA"):
+        optimizer.ask()
 
 
 def test_a_bad_start_is_refused():
