@@ -29,24 +29,10 @@ LAYERS = (
 """A file of search/ imports only from layers above its own here."""
 TORCH_FREE = {
     *("archive", "card", "config", "diagnosis", "diagnosis_text", "errors", "figures", "figures_genomes"),
-    *(
-        "files",
-        "finalists",
-        "finding",
-        "forecast",
-        "gradient",
-        "groups",
-        "interruption",
-        "locate",
-        "loop",
-        "movement",
-        "optimizer",
-        "picture",
-        "planning",
-    ),
-    *("prior_learning", "priors", "profiles", "progress", "provenance", "racing", "report", "resume"),
-    *("settings", "skeleton", "space", "stages", "summary", "tables", "timebox", "trace", "transforms"),
-    "yaml_input",
+    *("files", "finalists", "finding", "forecast", "gradient", "groups", "interruption", "locate", "loop"),
+    *("movement", "optimizer", "picture", "planning", "prior_learning", "priors", "profiles", "progress"),
+    *("provenance", "racing", "report", "resume", "settings", "skeleton", "space", "stages", "summary"),
+    *("tables", "timebox", "trace", "transforms", "yaml_input"),
 }
 ONLY_IN = {
     "nevergrad": {"optimizer"},

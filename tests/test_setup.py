@@ -14,6 +14,7 @@ from search.files import sha256_file
 from search.priors import Prior, PriorBase, PriorObjective, PriorProvenance, PriorRun, save_prior
 from search.resume import Record, refuse_changes
 from search.setup import load_setup
+from search.stages import OptimizerChoice
 from search.steering import confine_weak
 from search.trace import Trace, TraceWriter
 from tests.test_merges import save_toy_zoo
@@ -170,11 +171,17 @@ def test_what_cannot_be_searched_is_refused_before_anything_is_computed(setup, o
     assert "\n" not in str(caught.value)
 
 
-def test_an_optimizer_is_tried_on_every_stage(setup):
-    """It may work in the first space and fail in the last."""
-    stages = "search.stages=[{share: 1, groups: model}, {share: 1, groups: module}]"
-    loaded = setup(stages, "search.optimizer=OnePlusOne")
-    assert len(loaded.parts.groups.names) == 14
+def test_an_optimizer_is_tried_in_the_space_of_every_stage(setup, monkeypatch):
+    tried = []
+    make = OptimizerChoice.make
+
+    def record(self, start, spread, budget, stage):
+        tried.append(len(start))
+        return make(self, start, spread, budget, stage)
+
+    monkeypatch.setattr(OptimizerChoice, "make", record)
+    setup("search.stages=[{share: 1, groups: model}, {share: 1, groups: module}]")
+    assert [n for n in tried if n != 2] == [3, 3 * 14]  # 2: whether it takes injected candidates at all
 
 
 def test_the_base_is_loaded_where_none_is_handed_over(zoo, tmp_path):
