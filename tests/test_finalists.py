@@ -2,21 +2,23 @@
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from search.finalists import judge_finalists, make_candidates, make_references, stack_coefficients
-from search.groups import Groups
-from search.space import make_space
+from search.finalists import Bounds, judge_finalists, make_candidates, make_references, stack_coefficients
 
-GROUPS = Groups(("a", "b"), {"x": 0, "y": 1})
 NAMES = ("maths", "code")
-SPACE = make_space(GROUPS, 2)
+FREE = Bounds(np.full(2, -np.inf), np.full(2, np.inf))
+PRIOR = np.array([[0.2, 0.6], [0.7, 0.1]])
+ARCHIVE = np.array([[[0.3, 0.4], [0.5, 0.6]]])
+MEAN = np.array([[1.5, 2], [3, 4]])
 
 
-def judge(losses, *, space=SPACE, agreement_of=None, genomes=((0.3, 0.4, 0.5, 0.6), (1, 2, 3, 4))):
-    candidates = make_candidates(space, np.array(genomes[:-1]), np.array(genomes[-1]))
-    finalists = [*make_references(2, NAMES), *candidates]
+def judge(losses, *, bounds=FREE, agreement_of=None, prior=None, refined=None):
+    """Base, uniform, [prior], maths, code, archive 1, mean, [refined], in this order."""
+    finalists = [*make_references(2, NAMES, prior), *make_candidates(ARCHIVE, MEAN, refined)]
     per_expert = np.repeat(np.array(losses)[:, None], 2, 1)
-    return judge_finalists(finalists, np.array(losses), per_expert, space, agreement_of)
+    return judge_finalists(finalists, np.array(losses), per_expert, bounds, agreement_of)
 
 
 def test_references_are_base_uniform_merge_and_every_expert():
@@ -27,13 +29,20 @@ def test_references_are_base_uniform_merge_and_every_expert():
     assert all(reference.is_reference for reference in references)
 
 
-def test_candidates_are_the_archive_and_the_mean_within_bounds():
-    space = make_space(GROUPS, 2, high=1)
-    archive, mean = make_candidates(space, np.array([[0.1, 0.2, 0.3, 0.4]]), np.array([5.0, 5, 5, 5]))
-    assert (archive.name, mean.name) == ("archive 1", "mean")
-    np.testing.assert_array_equal(archive.coefficients, [[0.1, 0.2], [0.3, 0.4]])
-    np.testing.assert_array_equal(mean.coefficients, np.ones((2, 2)))
-    assert [found.name for found in make_candidates(space, np.empty((0, 4)), np.zeros(4))] == ["mean"]
+def test_a_priors_start_is_a_reference_between_uniform_and_experts():
+    references = make_references(2, NAMES, PRIOR)
+    assert [reference.name for reference in references][:4] == ["base", "uniform", "prior", "expert maths"]
+    np.testing.assert_array_equal(references[2].coefficients, PRIOR)
+    assert references[2].is_reference
+
+
+def test_candidates_are_the_archive_the_mean_and_what_gradient_steps_made_of_the_best():
+    candidates = make_candidates(np.stack([PRIOR, MEAN]), MEAN + 1, MEAN + 2)
+    assert [found.name for found in candidates] == ["archive 1", "archive 2", "mean", "refined"]
+    expected = [PRIOR, MEAN, MEAN + 1, MEAN + 2]
+    np.testing.assert_array_equal(stack_coefficients(candidates), expected)
+    assert not any(found.is_reference for found in candidates)
+    assert [found.name for found in make_candidates(np.empty((0, 2, 2)), MEAN, None)] == ["mean"]
 
 
 @pytest.mark.parametrize(
@@ -55,20 +64,53 @@ def test_the_lowest_finite_loss_wins(losses, winner):
         assert (verdict == "not finite") == (not np.isfinite(loss))
 
 
+@given(st.lists(st.sampled_from([0.1, 0.2, 0.3, 0.4, 0.5, np.nan, np.inf]), min_size=8, max_size=8))
+def test_the_winner_is_never_worse_than_any_reference(losses):
+    finite = [loss for loss in losses if np.isfinite(loss)]
+    if not finite:
+        with pytest.raises(ValueError, match="no finalist can win"):
+            judge(losses, prior=PRIOR, refined=MEAN)
+        return
+    judgement = judge(losses, prior=PRIOR, refined=MEAN)
+    assert judgement.losses[judgement.place] == min(finite)
+    assert judgement.place == losses.index(min(finite))
+
+
+@pytest.mark.parametrize(
+    ("losses", "winner"),
+    [
+        ([1, 0.9, 0.1, 0.8, 0.7, 0.3, 0.2, 0.4], "prior"),
+        ([1, 0.9, 0.1, 0.8, 0.7, 0.1, 0.1, 0.1], "prior"),  # equal: what needs no search
+        ([1, 0.9, 0.3, 0.8, 0.7, 0.3, 0.2, 0.1], "refined"),
+        ([1, 0.9, 0.3, 0.8, 0.7, 0.1, 0.2, 0.1], "archive 1"),
+    ],
+)
+def test_a_prior_and_a_refined_merge_can_win(losses, winner):
+    assert judge(losses, prior=PRIOR, refined=MEAN).winner.name == winner
+
+
 def test_nobody_winning_is_an_error_that_says_why():
     with pytest.raises(ValueError, match=r"no finalist can win \(base: not finite, uniform: not finite"):
         judge([np.nan] * 6)
 
 
 def test_a_merge_outside_the_bounds_is_compared_but_does_not_win():
-    space = make_space(GROUPS, 2, low=[0.25, -np.inf], high=[0.75, np.inf])
-    judgement = judge([1, 0.9, 0.1, 0.2, 0.3, 0.4], space=space)
+    bounds = Bounds(np.array([0.25, -np.inf]), np.array([0.75, np.inf]))
+    judgement = judge([1, 0.9, 0.05, 0.1, 0.2, 0.4, 0.3], bounds=bounds, prior=PRIOR)
     assert judgement.winner.name == "archive 1"
-    assert judgement.verdicts[:4] == ("outside bounds", "beaten", "outside bounds", "outside bounds")
+    outside = "outside bounds"
+    assert judgement.verdicts == (outside, "beaten", outside, outside, outside, "winner", outside)
+
+
+def test_bounds_hold_what_lies_on_them():
+    bounds = Bounds(np.array([0.25, -np.inf]), np.array([0.75, np.inf]))
+    assert bounds.hold(np.array([[0.25, 99], [0.75, -99]]))
+    assert not bounds.hold(np.array([[0.25, 0], [0.7500001, 0]]))
+    assert not bounds.hold(np.array([[0.2499999, 0], [0.5, 0]]))
 
 
 def test_what_gives_fewer_top_answers_than_the_uniform_merge_is_set_aside():
-    shares = {0.3: [0.9, 0.0], 1.0: [0.5, 0.5], 0.5: [0.5, 0.5]}  # by the first coefficient
+    shares = {0.3: [0.9, 0.0], 1.5: [0.5, 0.5], 0.5: [0.5, 0.5]}  # by the first coefficient
     asked = []
 
     def agreement_of(coefficients):
@@ -77,19 +119,24 @@ def test_what_gives_fewer_top_answers_than_the_uniform_merge_is_set_aside():
 
     judgement = judge([1, 0.9, 0.8, 0.7, 0.1, 0.2], agreement_of=agreement_of)
     assert judgement.verdicts[4:] == ("collapsed", "winner")
-    assert sorted(asked) == [0.3, 0.5, 1.0]  # each once, and nobody else
+    assert sorted(asked) == [0.3, 0.5, 1.5]  # each once, and nobody else
     assert judgement.agreements[5].tolist() == [0.5, 0.5]
 
 
-def test_a_reference_does_not_collapse_but_its_agreement_is_asked():
+@pytest.mark.parametrize("reference", ["prior", "expert maths"])
+def test_a_reference_does_not_collapse_but_its_agreement_is_asked(reference):
     def agreement_of(coefficients):
-        return coefficients.mean(0) * 0 if coefficients[0, 0] == 1 else np.ones(2)
+        return np.full(2, float((coefficients == 0.5).all()))  # of the uniform merge alone
 
-    judgement = judge([1, 0.9, 0.1, 0.7, 0.2, 0.3], agreement_of=agreement_of)
-    assert judgement.winner.name == "expert maths"
+    losses = [1, 0.9, 0.5, 0.5, 0.7, 0.2, 0.3]
+    losses[{"prior": 2, "expert maths": 3}[reference]] = 0.1
+    judgement = judge(losses, agreement_of=agreement_of, prior=PRIOR)
+    assert judgement.winner.name == reference
     assert judgement.agreements[judgement.place].tolist() == [0, 0]
 
 
-def test_rivals_are_base_uniform_and_the_best_single_expert():
+def test_rivals_are_base_uniform_prior_and_the_best_single_expert():
     judgement = judge([1, 0.9, 0.8, 0.7, 0.1, 0.2])
     assert judgement.rivals == {"base": 1, "uniform": 0.9, "expert code": 0.7}
+    judgement = judge([1, 0.9, 0.6, 0.7, 0.8, 0.1, 0.2], prior=PRIOR)
+    assert judgement.rivals == {"base": 1, "uniform": 0.9, "prior": 0.6, "expert maths": 0.7}

@@ -8,10 +8,11 @@ import pytest
 
 from search import steering
 from search.base import LoadedBase
+from search.errors import InputError
 from search.evaluate import Scoring
 from search.parts import assemble_parts
 from search.prompts import PromptRequest
-from search.steering import WrittenPrompts, confine_weak, prepare_prompts, prepare_steering
+from search.steering import SteeringRequest, WrittenPrompts, confine_weak, prepare_prompts, prepare_steering
 from search.trace import Trace, TraceWriter
 from tests.test_experts import make_prompts
 from tests.toys import BASE_NAME
@@ -35,8 +36,11 @@ def written():
     return WrittenPrompts(*prompts.split(2))
 
 
-def steer(parts, trace, weak_signal_nats=0.0):
-    return prepare_steering(parts, written(), Scoring(), weak_signal_nats, trace)
+def steer(parts, trace, weak_signal_nats=0.0, *, prior=None, recorded=None):
+    request = SteeringRequest(
+        scoring=Scoring(), weak_signal_nats=weak_signal_nats, prior=prior, recorded=recorded
+    )
+    return prepare_steering(parts, written(), request, trace)
 
 
 def last_events(tmp_path):
@@ -48,7 +52,7 @@ def test_prompts_are_split_and_recorded(parts, trace, tmp_path, monkeypatch):
     asked = {}
     monkeypatch.setattr(steering, "write_prompts", lambda *given: asked.update(given=given) or prompts)
     request = PromptRequest(per_adapter=3)
-    both = prepare_prompts(parts, [(), (), ("{x}:",)], request, 2, trace)
+    both = prepare_prompts(parts, [(), (), ("{x}:",)], request, 2, trace, None)
     assert asked["given"][-2:] == ([(), (), ("{x}:",)], request)
     assert (both.searched.n_prompts, both.unseen.n_prompts) == (6, 3)
     event = last_events(tmp_path)["prompts"]
@@ -63,9 +67,10 @@ def test_prompts_are_split_and_recorded(parts, trace, tmp_path, monkeypatch):
 def test_without_weak_adapters_the_space_is_free(parts, trace, tmp_path, caplog):
     found = steer(parts, trace)
     assert found.weak == ()
-    assert np.isinf(found.space.low).all()
-    assert np.isinf(found.space.high).all()
-    assert (found.start(0.3) == 0.3).all()
+    assert np.isinf(found.bounds.low).all()
+    assert np.isinf(found.bounds.high).all()
+    start = np.arange(6.0).reshape(2, 3)
+    np.testing.assert_array_equal(found.confine(start), start)
     assert not caplog.records
     events = last_events(tmp_path)
     assert events["signals"]["low"] == [None] * 3
@@ -96,9 +101,11 @@ def test_weak_adapters_are_confined_started_at_uniform_and_named_loudly(parts, t
     (record,) = caplog.records
     assert record.message.startswith("WEAK SIGNAL: nowhere in their own prompts do 1 of 3 adapters differ")
     assert "by 0.2 nats: expert-1 (0.010)." in record.message
-    np.testing.assert_allclose(found.space.low, [-np.inf, 1 / 6, -np.inf])
-    np.testing.assert_allclose(found.space.high, [np.inf, 1 / 2, np.inf])
-    np.testing.assert_allclose(found.start(0.4), [[0.4, 1 / 3, 0.4]] * 2)
+    np.testing.assert_allclose(found.bounds.low, [-np.inf, 1 / 6, -np.inf])
+    np.testing.assert_allclose(found.bounds.high, [np.inf, 1 / 2, np.inf])
+    start = found.confine(np.array([[0.4, 0.4, 0.5], [0.6, 0.9, 0.7]]))
+    np.testing.assert_allclose(start, [[0.4, 1 / 3, 0.5], [0.6, 1 / 3, 0.7]])
+    assert found.bounds.hold(start)
     assert last_events(tmp_path)["signals"]["weak"] == ["expert-1"]
 
 
@@ -109,6 +116,60 @@ def test_a_signal_that_is_not_a_number_is_weak(parts, trace, monkeypatch):
     assert steer(parts, trace).weak == ("expert-0",)
 
 
-def test_a_single_weak_adapter_stays_near_itself(parts):
-    space = confine_weak(parts.groups, np.array([True]))
-    assert (space.low.tolist(), space.high.tolist()) == ([0.5], [1.5])
+def test_a_single_weak_adapter_stays_near_itself():
+    bounds = confine_weak(np.array([True]))
+    assert (bounds.low.tolist(), bounds.high.tolist()) == ([0.5], [1.5])
+
+
+def test_a_priors_start_is_scored_as_one_more_reference(parts, trace, tmp_path):
+    prior = np.array([[0.5, 0.1, 0.2], [0.3, 0.9, -0.1]])
+    found = steer(parts, trace, prior=prior)
+    names = [reference.name for reference in found.references]
+    assert names == ["base", "uniform", "prior", "expert expert-0", "expert expert-1", "expert expert-2"]
+    np.testing.assert_array_equal(found.references[2].coefficients, prior)
+    event = last_events(tmp_path)["references"]
+    assert event["names"] == ["base", "uniform", "prior"]
+    assert event["losses"] == found.reference_scores.losses.tolist()
+    alone = found.searched.score(prior[None])
+    np.testing.assert_allclose(found.reference_scores.losses[2], alone.losses[0], rtol=1e-9)
+    np.testing.assert_allclose(event["per_expert"][2], alone.per_expert[0], rtol=1e-9)
+
+
+def test_the_bases_own_disagreement_is_recorded_beside_the_references(parts, trace, tmp_path):
+    found = steer(parts, trace)
+    event = last_events(tmp_path)["references"]
+    assert event["base_per_expert"] == found.searched.base_per_expert.tolist()
+    assert event["per_expert"][0] == pytest.approx([1, 1, 1])
+
+
+def test_one_budget_is_shared_by_both_evaluators(parts, trace):
+    found = steer(parts, trace)
+    found.budget.oom_events.append({"tokens": 9, "tokens_per_forward": 4})
+    assert found.searched.oom_events == found.unseen.oom_events == found.budget.oom_events
+
+
+def test_a_resumed_run_takes_the_recorded_prompts_and_writes_none(parts, trace, tmp_path, monkeypatch):
+    in_turn = make_prompts(lengths=(5, 8, 4, 6, 9, 7, 3, 5, 10))
+    prompts = in_turn.select([0, 3, 6, 1, 4, 7, 2, 5, 8])  # adapter by adapter, as they are written
+    monkeypatch.setattr(steering, "write_prompts", lambda *given: prompts)
+    request = PromptRequest(per_adapter=3)
+    both = prepare_prompts(parts, [()] * 3, request, 2, trace, None)
+    event = last_events(tmp_path)["prompts"]
+    n_bytes = (tmp_path / "trace.jsonl").stat().st_size
+    monkeypatch.setattr(steering, "write_prompts", lambda *given: pytest.fail("prompts were written anew"))
+    again = prepare_prompts(parts, [()] * 3, request, 2, trace, event)
+    for found, expected in ((again.searched, both.searched), (again.unseen, both.unseen)):
+        assert (found.ids, found.scored, found.texts) == (expected.ids, expected.scored, expected.texts)
+        np.testing.assert_array_equal(found.expert, expected.expert)
+    assert (tmp_path / "trace.jsonl").stat().st_size == n_bytes
+    event["searched"][0]["ids"][0] += 1
+    with pytest.raises(InputError, match=r"the trace's prompts have hash .*--out"):
+        prepare_prompts(parts, [()] * 3, request, 2, trace, event)
+
+
+@pytest.mark.parametrize("weak", [[], ["expert-2"]])
+def test_in_a_resumed_run_the_recorded_adapters_are_weak_whatever_is_measured(parts, trace, weak, caplog):
+    found = steer(parts, trace, weak_signal_nats=0 if weak else 99, recorded={"weak": weak})
+    assert list(found.weak) == weak
+    assert np.isfinite(found.bounds.low).tolist() == [False, False, bool(weak)]
+    assert len(caplog.records) == len(weak)

@@ -4,30 +4,30 @@ import numpy as np
 import pytest
 
 from search.finalists import Finalist, Judgement
-from search.loop import SearchOutcome
 from search.summary import RunFacts, write_summary
 
 NAMES = ("maths", "code")
 
 
-def facts(**changes):
+def facts(*, with_prior=False, **changes):
     zeros = np.zeros((1, 2))
     finalists = [
         Finalist("base", zeros, True),
         Finalist("uniform", zeros, True),
+        *([Finalist("prior", zeros, True)] if with_prior else []),
         Finalist("expert maths", zeros, True),
         Finalist("archive 2", zeros, False),
     ]
+    losses = [1, 0.8, *([0.7] if with_prior else []), 0.9, 0.25]
     judgement = Judgement(
         tuple(finalists),
-        np.array([1, 0.8, 0.9, 0.25]),
-        np.array([[1, 1], [0.8, 0.8], [0, 1.2], [0.125, 0.5]]),
-        changes.pop("agreements", {3: np.array([7 / 8, 1 / 3])}),
-        ("beaten", "beaten", "beaten", "winner"),
+        np.array(losses),
+        np.array([[loss, loss] for loss in losses[:-1]] + [[0.125, 0.5]]),
+        changes.pop("agreements", {len(losses) - 1: np.array([7 / 8, 1 / 3])}),
+        ("beaten",) * (len(losses) - 1) + ("winner",),
     )
-    outcome = SearchOutcome(np.zeros((1, 2)), np.zeros(1), np.zeros(2), 64, "evaluations", 8)
     given = {"ended_by": "evaluations", "weak": (), "back_offs": [], "n_unseen": (8, 3), **changes}
-    return RunFacts(names=NAMES, judgement=judgement, outcome=outcome, **given)
+    return RunFacts(names=NAMES, judgement=judgement, evaluations=64, generations=8, **given)
 
 
 def test_the_whole_report():
@@ -43,6 +43,19 @@ def test_the_whole_report():
         "scored position; on inputs like those from a skeleton the two accuracies differ by at most one "
         "minus that share",
     ]
+
+
+def test_a_prior_is_one_more_rival():
+    first = write_summary(facts(with_prior=True)).splitlines()[0]
+    assert first.endswith("(base 1.0000, uniform 0.8000, prior 0.7000, expert maths 0.9000)")
+
+
+@pytest.mark.parametrize(
+    ("ended_by", "words"),
+    [("clock", "the clock"), ("interrupt", "an interrupt"), ("evaluations", "the limit")],
+)
+def test_what_ended_the_search_is_said_in_words(ended_by, words):
+    assert f"ended by {words}" in write_summary(facts(ended_by=ended_by)).splitlines()[1]
 
 
 def test_without_unseen_prompts_nothing_is_counted():
