@@ -7,9 +7,11 @@ both (n_groups, n_adapters), and n the number of runs that had an adapter, for e
 
     start = mean of x                                                                           (1)
     disagreement = (POOLED_RUNS * pooled + sum of (x - start)^2) / (POOLED_RUNS + n - 1)        (2)
-    spread = max(MIN_SPREAD, sqrt(disagreement + mean of w^2))                                  (3)
+    spread = max(MIN_SPREAD, sqrt(disagreement / n + mean of w^2))                              (3)
 
-(3) is the law of total variance. In (2), two or three runs tell an entry's variance badly, so it is drawn to
+(3) is how far the start may be off: the variance of a mean of n runs, and what each run left open. It is not
+how far runs lie apart, which counts directions that make no difference; with that, searches from a prior began
+too wide (benchmarks/LOG.md). In (2), two or three runs tell an entry's variance badly, so it is drawn to
 `pooled`, the variance of all entries, as if POOLED_RUNS runs more had shown that (Smyth 2004, Statistical
 Applications in Genetics and Molecular Biology 3(1), article 3: the moderated variance).
 """
@@ -277,7 +279,7 @@ def _combine_runs(answers: FloatArray, spreads: FloatArray) -> tuple[FloatArray,
         pooled = UNKNOWN_DISAGREEMENT**2 * np.mean(start**2)
     disagreement = (POOLED_RUNS * pooled + squares) / (POOLED_RUNS + n - 1)  # (2)
     within = np.nansum(spreads**2, axis=0) / n
-    return start, np.maximum(MIN_SPREAD, np.sqrt(disagreement + within))  # (3)
+    return start, np.maximum(MIN_SPREAD, np.sqrt(disagreement / n + within))  # (3)
 
 
 def _describe_run_of(run: _FinishedRun, name_of: dict[str, str]) -> PriorRun:

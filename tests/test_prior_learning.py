@@ -86,7 +86,7 @@ def slow_prior(runs):
     for at, seen in had.items():
         disagreement = (POOLED_RUNS * pooled + squares[at]) / (POOLED_RUNS + freedom[at])
         within = sum(w**2 for _, w in seen) / len(seen)
-        spread[at] = max(MIN_SPREAD, math.sqrt(disagreement + within))
+        spread[at] = max(MIN_SPREAD, math.sqrt(disagreement / len(seen) + within))
     shape = 2, n_adapters
     return (np.array([table[at] for at in np.ndindex(shape)]).reshape(shape) for table in (start, spread))
 
