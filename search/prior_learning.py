@@ -11,7 +11,8 @@ both (n_groups, n_adapters), and n the number of runs that had an adapter, for e
 
 (3) is how far the start may be off: the variance of a mean of n runs, and what each run left open. It is not
 how far runs lie apart, which counts directions that make no difference: with that, searches began too wide
-(benchmarks/LOG.md). In (2), two or three runs tell an entry's variance badly, so it is drawn to `pooled`, the variance of all entries, as if POOLED_RUNS runs more had shown that (Smyth 2004, Statistical
+(benchmarks/LOG.md). In (2), two or three runs tell an entry's variance badly, so it is drawn to `pooled`,
+the variance of all entries, as if POOLED_RUNS runs more had shown that (Smyth 2004, Statistical
 Applications in Genetics and Molecular Biology 3(1), article 3: the moderated variance).
 """
 
