@@ -2,8 +2,8 @@
 
 `python -m benchmarks.bench_priors PRIOR... --seeds 0 1 2 3 4 5 6 7 8 9` searches `configs/demo.yaml` for
 --seconds without a prior and with each of the given ones, on the same prompts, and prints which share of the
-time each took to the loss that the first ended with. Appends one line of JSON to benchmarks/results.jsonl. Knows
-searches and priors, not how one is learnt.
+time each took to the loss that the first ended with. Appends one line of JSON to benchmarks/results.jsonl.
+Knows searches and priors, not how one is learnt.
 """
 
 import argparse
@@ -86,7 +86,7 @@ def read_seconds(trace: Trace) -> dict[str, list[float]]:
 
 
 def compare_to_neutral(row: dict[str, Any], neutral: dict[str, Any]) -> dict[str, Any]:
-    """Return the share of the neutral search's seconds that this one took to its last loss; None for never."""
+    """Return which share of the neutral search's seconds this one took to its last loss, None for never."""
     goal, whole_s = neutral["best"][-1], neutral["seconds"][-1]
     reached = [s for s, loss in zip(row["seconds"], row["best"], strict=True) if loss <= goal]
     share = round(reached[0] / whole_s, 4) if reached else None
