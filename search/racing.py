@@ -89,7 +89,7 @@ def rank_by_rung(n_candidates: int, rungs: Sequence[tuple[NDArray[np.int64], Flo
         told[candidates[dropped]] = np.where(np.isfinite(own), np.maximum(own, worst), own)
         is_settled[candidates] = True
         finite = told[candidates][np.isfinite(told[candidates])]
-        worst = max(worst, finite.max(initial=-np.inf))
+        worst = finite.max(initial=-np.inf)  # of this rung, which holds all later ones
     return told
 
 

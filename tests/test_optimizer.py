@@ -256,9 +256,9 @@ def test_a_first_generation_without_any_finite_loss_is_an_error():
 @pytest.mark.parametrize("name", ["CMA", "OnePlusOne", "DE", "TBPSA"])
 def test_a_later_generation_without_any_counts_as_the_worst_of_all_so_far(name):
     optimizer, reference = make(name=name), make(name=name)
-    first, second = np.linspace(0.1, 0.8, 8), np.linspace(0.2, 0.9, 8)
+    first, second = np.linspace(0.1, 0.9, 8), np.linspace(0.2, 0.8, 8)
     first[2] = np.nan
-    for losses, known in [(first, np.where(np.isnan(first), 0.8, first)), (second, second)]:
+    for losses, known in [(first, np.where(np.isnan(first), 0.9, first)), (second, second)]:
         np.testing.assert_array_equal(optimizer.ask(), reference.ask())
         optimizer.tell(losses)
         reference.tell(known)
