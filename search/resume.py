@@ -130,7 +130,7 @@ def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
     if isinstance(value, Mapping):
         items: list[tuple[Any, Any]] = list(value.items())
     elif isinstance(value, list | tuple):
-        named = len(value) > 0 and all(isinstance(item, Mapping) and "name" in item for item in value)
+        named = all(isinstance(item, Mapping) and "name" in item for item in value)
         items = [(item["name"] if named else place, item) for place, item in enumerate(value)]
         if named:
             items.insert(0, ("order", " ".join(item["name"] for item in value)))

@@ -15,8 +15,8 @@ HEADER = {
     "config": {
         "base": {"source": "zoo/base", "revision": None, "name": "zoo/base", "dtype": "auto"},
         "adapters": [
-            {"source": "zoo/a", "name": "a", "about": "", "skeletons": []},
-            {"source": "zoo/b", "name": "b", "about": "", "skeletons": ["{x} is:"]},
+            {"source": "zoo/a", "name": "a", "about": "", "skeletons": [], "allow_pickle": False},
+            {"source": "zoo/b", "name": "b", "about": "", "skeletons": ["{x} is:"], "allow_pickle": False},
         ],
         "device": "auto",
         "search": {"seed": 0, "max_evaluations": 24, "stages": [], "race_keep": None, "prior": None},

@@ -132,6 +132,7 @@ def test_the_whole_run_uses_everything(whole):
     assert [len(generation.injected) for generation in trace.generations] == [0, 1, 0, 1, 1]
     assert all(len(generation.rungs) == 3 for generation in trace.generations)
     assert trace.header["prior"]["source"].endswith("prior.json")
+    assert trace.last("references")["names"] == ["base", "uniform", "prior"]
     assert {"refined", "finalists", "merged"} < set(events_of(whole))
     assert trace.last("finalists")["winner"].startswith(("archive", "mean", "refined"))
 
@@ -248,6 +249,18 @@ def test_a_run_whose_time_is_spent_ends_by_the_clock_with_what_it_has(whole, go_
     assert "finalists_skipped" in events_of(tmp_path)
     assert len(trace.generations) == 2
     assert trace.last("merged")["elapsed_s"] > 5000
+
+
+def test_which_adapters_are_weak_is_not_decided_anew(whole, go_on, tmp_path):
+    """Another machine's last bit may put a signal on the other side of the limit."""
+    lines = lines_of(whole)[: places(whole, "signals")[0] + 1]
+    signals = json.loads(lines[-1])
+    assert signals["weak"] == ["expert-0", "expert-1", "expert-2"]
+    lines[-1] = json.dumps({**signals, "weak": ["expert-2"]}).encode() + b"\n"
+    (tmp_path / "trace.jsonl").write_bytes(b"".join(lines))
+    go_on()
+    start = Trace.load(tmp_path / "trace.jsonl").last("search")["start"]
+    np.testing.assert_array_equal(start, [[0.3, 0.6, 1 / 3]] * 2)
 
 
 def test_without_resume_the_run_starts_over(whole, config, base, tmp_path):
