@@ -173,8 +173,8 @@ def _advise_on_memory(found: Diagnosis) -> Iterator[str]:
     if memory.expected_bytes > memory.available_bytes:
         yield (
             f"about {memory.expected_bytes / 1e9:.1f} GB are needed, {memory.available_bytes / 1e9:.1f} GB "
-            "are there. Lower prompts.per_adapter, prompts.unseen_per_adapter or prompts.max_new_tokens (what "
-            "is kept for each scored token), or search.tokens_per_forward (what is computed at once)"
+            "are there. Lower prompts.per_adapter, prompts.unseen_per_adapter or prompts.max_new_tokens "
+            "(what is kept for each scored token), or search.tokens_per_forward (what is computed at once)"
         )
 
 

@@ -96,8 +96,8 @@ def _show_adapters(found: Diagnosis) -> list[str]:
         )
     return [
         *_align(rows),
-        f"peak KL: most that expert and base differ, in nats, mean of {found.prompts.tried_searched} prompts; weak "
-        f"below {found.weak_signal_nats:g}. The run measures again, on {found.prompts.searched}.",
+        f"peak KL: most that expert and base differ in nats, mean of {found.prompts.tried_searched} prompts; "
+        f"weak below {found.weak_signal_nats:g}. The run measures again, on {found.prompts.searched}.",
     ]
 
 

@@ -1,7 +1,7 @@
 """Tell a waiting person on stderr how far the run is.
 
 Knows tqdm, what kinds of streams there are and the numbers to show; not what a phase does. On a terminal and
-in a notebook one line is written over and over, as text (a notebook needs no widgets for it); in a file, lines.
+in a notebook one line is written over and over, as text (no widgets are needed for it); in a file, lines.
 """
 
 import sys
