@@ -15,10 +15,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn
 
-from transformers.utils import logging as transformers_logging  # type: ignore[attr-defined]
+from transformers.utils import logging as transformers_logging
 
 from search.config import SearchConfig, load_config, rebuild_config
-
+from search.diagnosis_text import describe_diagnosis, diagnosis_document
+from search.doctor import examine
 from search.errors import InputError
 from search.export import export_merge
 from search.prior_learning import learn_prior
@@ -52,8 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def quiet_other_libraries() -> None:
     """Keep stderr for what a user can act on."""
     logging.getLogger("httpx").setLevel(logging.WARNING)
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(torch|transformers)\.")
 
 
@@ -182,7 +183,7 @@ def _search(config: SearchConfig, output: Path) -> Outcome:
 
 def doctor_command(arguments: argparse.Namespace) -> Outcome:
     """Examine what a run would do."""
-    diagnosis = examine(load_config(arguments.config, arguments.overrides))
+    diagnosis = examine(load_config(arguments.config, arguments.overrides), reserve_s=time.process_time())
     print(describe_diagnosis(diagnosis), file=sys.stderr)
     return diagnosis_document(diagnosis), 0
 

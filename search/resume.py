@@ -90,7 +90,7 @@ def read_record(path: Path) -> Record:
     try:
         if b"\n" not in path.read_bytes():
             return Record()
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return Record()
     except OSError as error:
         raise InputError(f"{path}: cannot read the trace: {error.strerror or error}") from error

@@ -120,7 +120,8 @@ class Steps:
         genomes = self._archive.contents(self.space.n_params, len(self._setup.parts.names))[0]
         if not len(genomes):
             raise ValueError("no candidate with a finite loss was told yet: ask, evaluate and tell first")
-        return self.space.to_coefficients(genomes[:1])[0]
+        coefficients: FloatArray = self.space.to_coefficients(genomes[:1])[0]
+        return coefficients
 
     def save(self, coefficients: FloatArray | None = None) -> MergedAdapter:
         """Write the adapter and coefficients.json of a merge (n_groups, n_adapters), the best by default."""

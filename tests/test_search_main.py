@@ -1,14 +1,15 @@
 """The command `python -m search run`: what it prints, writes and refuses."""
 
 import json
+import re
 import runpy
 import sys
 from pathlib import Path
 
 import pytest
+from transformers import AutoModelForCausalLM
 
 from search import __main__ as program
-from search.evaluate import PopulationEvaluator
 from search.run import run_search
 from tests.test_merges import save_toy_zoo
 from tests.test_run import QUICK
@@ -55,16 +56,6 @@ def test_it_runs_as_a_module(zoo, here, monkeypatch, capsys):
     assert (here / "deep/out/adapter/adapter_model.safetensors").exists()
 
 
-def test_an_interrupt_while_searching_exits_130_with_the_best_written(zoo, monkeypatch, capsys):
-    def interrupt(self, genomes):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(PopulationEvaluator, "evaluate", interrupt)
-    assert run(zoo, "--out", "out", "--set", *QUICK) == 130
-    assert json.loads(capsys.readouterr().out)["ended_by"] == "interrupt"
-    assert Path("out/coefficients.json").exists()
-
-
 def test_an_interrupt_before_that_exits_130_with_one_line(zoo, monkeypatch, capsys):
     def interrupt(*arguments, **options):
         raise KeyboardInterrupt
@@ -100,7 +91,7 @@ def refusal(capsys, *arguments):
     [
         ([], "the following arguments are required: COMMAND. See --help."),
         (["fly"], "invalid choice: 'fly'"),
-        (["run"], "the following arguments are required: config"),
+        (["run"], "the following arguments are required: CONFIG"),
         (["run", "missing.yaml"], "missing.yaml: cannot read the config: No such file or directory"),
         (["run", "ZOO", "--set", "search.sead=1"], "unknown key; did you mean 'seed'?"),
         (["run", "ZOO", "--set", "search.n_candidates=many"], "search.n_candidates=many"),
@@ -113,14 +104,101 @@ def test_bad_input_is_one_line_and_writes_nothing(zoo, here, capsys, arguments, 
     assert not (here / "output").exists()
 
 
-def test_a_folder_that_holds_a_trace_is_refused_and_left_alone(zoo, capsys):
+def test_a_folder_that_holds_something_else_is_refused_and_left_alone(zoo, capsys):
     Path("out").mkdir()
-    Path("out/trace.jsonl").write_text("precious")
-    line = refusal(capsys, "run", zoo, "--out", "out")
-    assert (
-        line == "error: out/trace.jsonl exists: a search was run there. Choose another --out, or delete it."
+    Path("out/trace.jsonl").write_text("precious\n")
+    assert "out/trace.jsonl" in refusal(capsys, "run", zoo, "--out", "out")
+    assert Path("out/trace.jsonl").read_text() == "precious\n"
+
+
+def test_a_run_again_changes_nothing_and_another_setting_is_refused_by_name(zoo, capsys):
+    assert run(zoo, "--out", "out", "--set", *QUICK) == 0
+    before = Path("out/trace.jsonl").read_bytes()
+    first = json.loads(capsys.readouterr().out)
+    assert run(zoo, "--out", "out", "--set", *QUICK) == 0
+    assert json.loads(capsys.readouterr().out) == first
+    after = Path("out/trace.jsonl").read_bytes()
+    assert after.startswith(before)
+    assert [json.loads(line)["event"] for line in after[len(before) :].splitlines()] == ["resumed"]
+    line = refusal(capsys, "run", zoo, "--out", "out", "--set", *QUICK, "search.seed=5")
+    assert "begun with config.search.seed = 0, now it is 5" in line
+    assert Path("out/trace.jsonl").read_bytes() == after
+
+
+@pytest.fixture(scope="module")
+def two_runs(zoo, tmp_path_factory):
+    """Folders of two finished searches with other seeds; random experts leave a search little to win."""
+    folder = tmp_path_factory.mktemp("runs")
+    for seed in ("1", "2"):
+        arguments = ["run", str(zoo), "--out", str(folder / seed), "--set", *QUICK, f"search.seed={seed}"]
+        assert program.main(arguments) == 0
+    return folder
+
+
+def outcome_of(capsys, *arguments):
+    assert program.main([str(argument) for argument in arguments]) == 0
+    (line,) = capsys.readouterr().out.splitlines()
+    return json.loads(line)
+
+
+def test_resume_needs_nothing_but_the_folder(two_runs, zoo, here, capsys):
+    whole = (two_runs / "1/trace.jsonl").read_bytes().splitlines(keepends=True)
+    cut = next(place for place, line in enumerate(whole) if b'"index": 2' in line and b'"generation"' in line)
+    (here / "cut").mkdir()
+    (here / "cut/trace.jsonl").write_bytes(b"".join(whole[:cut]))
+    resumed = outcome_of(capsys, "resume", "cut")
+    assert resumed["evaluations"] == 24
+    written = [
+        here / "cut/adapter/adapter_model.safetensors",
+        two_runs / "1/adapter/adapter_model.safetensors",
+    ]
+    assert len({path.read_bytes() for path in written}) == 1
+    assert "no trace" in refusal(capsys, "resume", two_runs) or "cannot read" in refusal(
+        capsys, "resume", two_runs
     )
-    assert Path("out/trace.jsonl").read_text() == "precious"
+
+
+def test_priors_of_two_runs_start_the_next(two_runs, zoo, capsys):
+    traces = [Path(f"{seed}.jsonl") for seed in ("1", "2")]
+    for trace in traces:
+        text = (two_runs / trace.stem / "trace.jsonl").read_text()
+        trace.write_text(re.sub(r'"winner": "[^"]*"', '"winner": "archive 1"', text))
+    learnt = outcome_of(capsys, "priors", *traces, "-o", "prior.json")
+    assert learnt == {"output": "prior.json", "runs": 2, "adapters": 3, "groups": 2}
+    outcome_of(capsys, "run", zoo, "--out", "ahead", "--set", *QUICK, "search.prior=prior.json")
+    events = [json.loads(line) for line in Path("ahead/trace.jsonl").read_text().splitlines()]
+    (references,) = [line for line in events if line.get("event") == "references"]
+    assert references["names"] == ["base", "uniform", "prior"]
+    (began,) = [line for line in events if line.get("event") == "search"]
+    assert began["start"] == json.loads(Path("prior.json").read_text())["start"]
+
+
+def test_merge_writes_what_is_asked_for(two_runs, here, capsys):
+    source = two_runs / "1"
+    exact = outcome_of(capsys, "merge", source, "-o", "exact")
+    cut = outcome_of(capsys, "merge", source / "trace.jsonl", "-o", "cut", "--rank", 1)
+    dense = outcome_of(capsys, "merge", source / "coefficients.json", "-o", "dense", "--dense")
+    assert exact["relative_error"] is None
+    assert 0 < cut["relative_error"] < 1
+    assert (cut["rank"], dense["rank"]) == (1, None)
+    assert AutoModelForCausalLM.from_pretrained(here / "dense").config.num_hidden_layers == 2
+    assert "--dense" in refusal(capsys, "merge", source, "-o", "new", "--dense", "--rank", 2)
+
+
+def test_doctor_searches_and_writes_nothing(zoo, here, capsys):
+    found = outcome_of(capsys, "doctor", zoo, "--set", *QUICK)
+    assert list(here.iterdir()) == []
+    assert json.dumps(found, allow_nan=False)
+
+
+@pytest.mark.parametrize("command", ["run", "resume", "priors", "merge", "report", "doctor"])
+def test_help_has_an_example_that_parses(command, capsys):
+    with pytest.raises(SystemExit) as ended:
+        program.main([command, "--help"])
+    assert ended.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    example = text.partition("example: python -m search ")[2].split()
+    assert program.parse_command(example).command == command
 
 
 def test_an_output_that_cannot_be_written_is_refused(zoo, capsys):
