@@ -125,7 +125,7 @@ def _show_times(found: Diagnosis) -> list[str]:
         ("prompts", times.prompts_s, ""),
         ("signals", times.signals_s, ""),
         ("rehearsal", times.rehearsal_s, "measured"),
-        ("search", seconds, f"of {times.search_s:.1f} s left for it"),
+        ("search", seconds, f"of {max(0.0, times.search_s):.1f} s left for it"),
         ("finalists", times.finalists_s, f"at most; {CAUTION:g} times as much is reserved"),
         ("merge", times.merge_s, f"{CAUTION:g} times as much is reserved"),
         ("all, of the time box", sum(_all_seconds(found)), f"of {times.time_box_s:g} s"),
@@ -151,9 +151,13 @@ def _foretell(found: Diagnosis) -> str:
     ending = ENDINGS[forecast.ended_by]
     repeat = ": then it cannot be repeated exactly" if forecast.ended_by == "clock" else ""
     return (
-        f"about {forecast.generations} generations, {forecast.evaluations} evaluations of at most "
+        f"about {_count(forecast.generations)}, {forecast.evaluations} evaluations of at most "
         f"{found.plan.max_evaluations}, ended by {ending}{repeat}"
     )
+
+
+def _count(n_generations: int) -> str:
+    return "one generation" if n_generations == 1 else f"{n_generations} generations"
 
 
 def _align(rows: Sequence[Sequence[str]]) -> list[str]:

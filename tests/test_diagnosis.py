@@ -160,6 +160,12 @@ def test_a_search_that_the_clock_ends_is_said_not_to_be_repeatable():
     assert "ended by the clock: then it cannot be repeated exactly" in text
 
 
+def test_a_search_without_time_is_shown_with_none_left_and_the_one_generation_that_always_runs():
+    text = describe_diagnosis(diagnosis(times=replace(TIMES, time_box_s=5.0)))
+    assert "of 0.0 s left for it" in text
+    assert "about one generation, 16 evaluations" in text
+
+
 def test_the_document_is_strict_json_with_all_facts_and_the_advice():
     found = diagnosis(
         max_evaluations=100, adapters=(replace(MATHS, peak_kl_nats=float("nan")),), gradient_s=0.5
