@@ -24,7 +24,9 @@ def estimate_finalists_s(steering: Steering, n_archived: int) -> float:
 
 
 def descend(steering: Steering, start: FloatArray, steps: int, learning_rate: float) -> tuple[Descent, int]:
-    """Go down the gradient from coefficients (n_groups, n_adapters) on the searched prompts.
+    """Take steps down the gradient from coefficients (n_groups, n_adapters) on the searched prompts.
+
+    The start is visited too: `steps` + 1 gradients.
 
     Returns:
         The descent, and the tokens that it took.
@@ -39,7 +41,7 @@ def descend(steering: Steering, start: FloatArray, steps: int, learning_rate: fl
 
     bounds = steering.bounds
     descent = adam_descend(
-        gradient_of, start, steps=steps, learning_rate=learning_rate, low=bounds.low, high=bounds.high
+        gradient_of, start, steps=steps + 1, learning_rate=learning_rate, low=bounds.low, high=bounds.high
     )
     return descent, n_tokens
 

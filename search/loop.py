@@ -214,10 +214,10 @@ def _reason_to_end(state: SearchState, tools: SearchTools, limits: Limits) -> En
 
 def _replay_generation(state: SearchState, recorded: Generation, optimizer: Optimizer) -> None:
     """Bring the optimiser to where it stood: telling it what it has not asked for would not."""
-    if len(recorded.injected):
+    fits = recorded.genomes.shape[1] == len(optimizer.mean())
+    if fits and len(recorded.injected):
         optimizer.inject(recorded.injected)
-    asked = optimizer.ask()
-    if not np.array_equal(asked, recorded.genomes):
+    if not fits or not np.array_equal(optimizer.ask(), recorded.genomes):
         raise InputError(
             f"generation {recorded.index} of the trace cannot be repeated: the optimiser asks for other "
             "genomes. Resume on the machine and with the libraries that wrote it, or choose another --out."

@@ -79,7 +79,13 @@ def identify_parts(parts: Parts) -> dict[str, Any]:
     return {
         "base": identify_base(parts.base),
         "adapters": [
-            {"name": a.name, "id": a.source, "revision": a.revision, "sha256": a.sha256}
+            {
+                "name": a.name,
+                "id": a.source,
+                "revision": a.revision,
+                "sha256": a.sha256,
+                "scaling": sorted({factors.scaling for factors in a.modules.values()}),
+            }
             for a in parts.adapters
         ],
         "groups": parts.groups.names,

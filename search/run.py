@@ -155,7 +155,7 @@ class _Run:
         uniform = steering.references[1].coefficients
         merge_s = rehearse_merge(self._parts, uniform, self._config.base.name, output)
         settings = self._config.search
-        refine_s = settings.gradient.refine_steps * self._time_gradient(steering, uniform)
+        refine_s = (settings.gradient.refine_steps + 1) * self._time_gradient(steering, uniform)
         finalists_s = CAUTION * (refine_s + estimate_finalists_s(steering, settings.n_finalists))
         self._box.reserve("merge", CAUTION * (merge_s + steering.searched_candidate_s))
         self._box.reserve("finalists", finalists_s)
@@ -208,7 +208,7 @@ class _Run:
 
     def _plan_search(self, steering: Steering, search_s: float) -> StagedSearch:
         settings, gradient = self._config.search, self._config.search.gradient
-        steps, rate = gradient.inject_steps + 1, gradient.learning_rate
+        steps, rate = gradient.inject_steps, gradient.learning_rate
         return StagedSearch(
             stages=self._setup.plan(steering),
             choice=choose_optimizer(settings),

@@ -155,7 +155,7 @@ def test_without_an_archive_the_best_reference_wins(recorded):
 def test_descent_goes_to_the_target_and_counts_its_tokens():
     descent, n_tokens = descend(make_steering(), np.zeros((1, 2)), steps=200, learning_rate=0.05)
     np.testing.assert_allclose(descent.best, TARGET, atol=1e-2)
-    assert n_tokens == 200 * 10
+    assert n_tokens == 201 * 10
 
 
 def test_descent_stays_within_the_bounds_of_weak_adapters():
@@ -170,8 +170,8 @@ def test_the_archives_best_is_refined_and_recorded(recorded):
     refined = refine_best(make_steering(), found, 30, 0.05, recorded.writer)
     assert ((refined - TARGET) ** 2).sum() < 0.1 * ((found.archive[0] - TARGET) ** 2).sum()
     (event,) = recorded.events()
-    assert (event["event"], event["steps"], event["n_tokens"]) == ("refined", 30, 300)
-    assert len(event["losses"]) == 30
+    assert (event["event"], event["steps"], event["n_tokens"]) == ("refined", 30, 310)
+    assert len(event["losses"]) == 31
     assert event["losses"][0] == pytest.approx(((found.archive[0] - TARGET) ** 2).sum())
 
 

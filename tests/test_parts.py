@@ -54,7 +54,8 @@ def test_their_identity_is_plain_json(base, toy_adapters):
     assert json.loads(json.dumps(identity)) == {
         "base": {"id": BASE_NAME, "revision": "c0ffee", "sha256": "ab" * 32},
         "adapters": [
-            {"name": a.name, "id": a.source, "revision": None, "sha256": a.sha256} for a in adapters
+            {"name": a.name, "id": a.source, "revision": None, "sha256": a.sha256, "scaling": scaling}
+            for a, scaling in zip(adapters, ([4.0], [2.0], [5 / 6, 5 / 3, 4.0, 5.0]), strict=True)
         ],
         "groups": ["layer.0", "layer.1"],
         "device": "cpu",

@@ -539,7 +539,7 @@ def test_gradient_steps_on_an_objective_without_gradient_are_refused_before_the_
 def test_gradient_steps_from_the_best_give_one_more_finalist(run):
     result, trace, _ = run("search.gradient.refine_steps=3", ENDS_WELL)
     refined = event(trace, "refined")
-    assert (refined["steps"], len(refined["losses"])) == (3, 3)
+    assert (refined["steps"], len(refined["losses"])) == (3, 4)
     assert event(trace, "finalists")["names"][-1] == "refined"
     assert np.isfinite(result.loss)
 
