@@ -163,7 +163,9 @@ def _foresee_times(setup: Setup, trial: Trial, prompts: PromptFacts, gradient_s:
     settings, steps, cost = setup.config.search, setup.config.search.gradient, trial.cost
     block_tokens = prompts.tokens_per_candidate / prompts.searched
     rungs = plan_race(settings.n_candidates, prompts.searched, settings.race_keep)
+    # a descent takes one gradient more than steps
     injection_s = gradient_s * (steps.inject_steps + 1) / steps.inject_every if steps.inject_every else 0.0
+    refine_s = gradient_s * (steps.refine_steps + 1) if steps.refine_steps else 0.0
     together = len(trial.steering.references) + settings.n_finalists
     unseen_s = cost.seconds(together, prompts.unseen * block_tokens) / together
     judge_s = estimate_finalists_s(replace(trial.steering, unseen_candidate_s=unseen_s), settings.n_finalists)
@@ -175,7 +177,7 @@ def _foresee_times(setup: Setup, trial: Trial, prompts: PromptFacts, gradient_s:
         signals_s=prompts.growth * trial.signals_s,
         rehearsal_s=trial.rehearsal_s,
         generation_s=race_seconds(cost, rungs, block_tokens) + injection_s,
-        finalists_s=steps.refine_steps * gradient_s + judge_s,
+        finalists_s=refine_s + judge_s,
         merge_s=trial.rehearsal_s + cost.seconds(1, prompts.tokens_per_candidate),
     )
 

@@ -263,7 +263,7 @@ def test_every_phase_is_scaled_from_the_few_prompts_to_all(configure, measured):
     assert found.gradient_s == 6.0  # 6 searched for 2
     assert times.generation_s == 8 * 1.0 + 2 * 6.0 / 4  # two gradients every fourth generation
     n_judged = (4 + 2 + 5) + (4 + 2 + 2)  # archive, mean, refined; references; and their agreements
-    assert times.finalists_s == 3 * 6.0 + n_judged
+    assert times.finalists_s == 4 * 6.0 + n_judged
     assert times.merge_s == 0.5 + 1.0
 
 
