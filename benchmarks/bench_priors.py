@@ -30,15 +30,14 @@ from search.steering import Steering
 from search.timebox import TimeBox
 from search.trace import Trace, TraceWriter
 
-THREADS = 2
 NO_LIMIT = 10**6
 
 
 def compare_starts(
-    seed: int, config: SearchConfig, priors: Sequence[str], seconds: float
+    seed: int, config: SearchConfig, priors: Sequence[str], seconds: float, threads: int
 ) -> list[dict[str, Any]]:
     """Search without a prior and with each, on the same prompts, for so many seconds."""
-    torch.set_num_threads(THREADS)
+    torch.set_num_threads(threads)
     neutral = with_settings(config, seed=seed)
     setup = load_setup(neutral)
     rows = []
@@ -119,10 +118,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--seconds", type=float, default=60.0, help="of each search")
     parser.add_argument("--config", type=Path, default=ROOT / "configs/demo.yaml")
-    parser.add_argument("--jobs", type=int, default=1, help=f"searches at a time, of {THREADS} threads each")
+    parser.add_argument("--jobs", type=int, default=1, help="searches at a time")
+    parser.add_argument("--threads", type=int, default=2, help="of each")
     arguments = parser.parse_args(argv)
     config = load_config(arguments.config)
-    compare = partial(compare_starts, config=config, priors=arguments.priors, seconds=arguments.seconds)
+    compare = partial(
+        compare_starts,
+        config=config,
+        priors=arguments.priors,
+        seconds=arguments.seconds,
+        threads=arguments.threads,
+    )
     rows: list[dict[str, Any]] = []
     with ProcessPoolExecutor(arguments.jobs, mp_context=get_context("spawn")) as pool:
         for found in pool.map(compare, arguments.seeds):
@@ -134,7 +140,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     for row in summary:
         print(f"{row['prior']!s:12} share of time {row['share_of_time']}, loss {row['loss']}")
     result = {"benchmark": "bench_priors", "config": arguments.config.name, "seconds": arguments.seconds}
-    result |= {**describe_machine(), "jobs": arguments.jobs, "summary": summary, "seeds": rows}
+    result |= {
+        **describe_machine(),
+        "jobs": arguments.jobs,
+        "threads": arguments.threads,
+        "summary": summary,
+        "seeds": rows,
+    }
     with RESULTS.open("a", encoding="utf-8") as file:
         file.write(json.dumps(result).replace("Infinity", "null") + "\n")
 
