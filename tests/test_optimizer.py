@@ -268,6 +268,17 @@ def test_a_later_generation_without_any_counts_as_the_worst_of_all_so_far(name):
     np.testing.assert_array_equal(run(optimizer, 3), run(reference, 3))
 
 
+def test_a_generation_that_all_failed_is_told_as_the_worst_loss_of_any_generation():
+    optimizer, told = make(), []
+    for worst in (0.9, 0.8):
+        optimizer.ask()
+        optimizer.tell(np.linspace(0.1, worst, 8))
+    optimizer.ask()
+    optimizer._optimizer.tell = lambda candidate, loss: told.append(loss)
+    optimizer.tell([np.nan] * 8)
+    assert told == [0.9] * 8
+
+
 def test_asks_and_tells_must_take_turns_and_match():
     optimizer = make()
     with pytest.raises(ValueError, match=r"shape \(8,\) for 0 genomes"):
