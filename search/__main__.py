@@ -8,7 +8,6 @@ import argparse
 import json
 import logging
 import sys
-import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -27,6 +26,7 @@ from search.priors import save_prior
 from search.recorded import TRACE_FILE
 from search.report import write_report
 from search.run import run_search
+from search.timebox import seconds_of_process
 from search.trace import Trace
 
 Outcome = tuple[dict[str, Any], int]
@@ -63,7 +63,8 @@ def parse_command(argv: Sequence[str] | None) -> argparse.Namespace:
 
     class RefusingParser(argparse.ArgumentParser):
         def error(self, message: str) -> NoReturn:
-            raise InputError(f"{message}. See --help.")
+            order = " (--set takes all words after it: put CONFIG first)" if "CONFIG" in message else ""
+            raise InputError(f"{message}{order}. See --help.")
 
     parser = RefusingParser(
         prog="python -m search",
@@ -168,8 +169,7 @@ def resume_command(arguments: argparse.Namespace) -> Outcome:
 
 
 def _search(config: SearchConfig, output: Path) -> Outcome:
-    reserve_s = time.process_time()  # so long importing took
-    result = run_search(config, output=output, reserve_s=reserve_s, resume=True)
+    result = run_search(config, output=output, reserve_s=seconds_of_process(), resume=True)
     print(result.report, file=sys.stderr)
     document = {
         "output": str(output),
@@ -183,7 +183,7 @@ def _search(config: SearchConfig, output: Path) -> Outcome:
 
 def doctor_command(arguments: argparse.Namespace) -> Outcome:
     """Examine what a run would do."""
-    diagnosis = examine(load_config(arguments.config, arguments.overrides), reserve_s=time.process_time())
+    diagnosis = examine(load_config(arguments.config, arguments.overrides), reserve_s=seconds_of_process())
     print(describe_diagnosis(diagnosis), file=sys.stderr)
     return diagnosis_document(diagnosis), 0
 

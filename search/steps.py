@@ -13,6 +13,7 @@ from search.archive import Archive
 from search.base import LoadedBase
 from search.config import SearchConfig
 from search.delivery import ADAPTER_FOLDER, deliver_merge
+from search.errors import InputError
 from search.loop import Scores
 from search.merge import MergedAdapter, refuse_strangers
 from search.objective import Objective, objective_label
@@ -55,12 +56,15 @@ class Steps:
             objective: a function of (merged_logp, expert_logp, next_tokens) in place of the configured one.
 
         Raises:
-            InputError: for weights or settings that do not fit, or an output that cannot be written.
+            InputError: for weights or settings that do not fit, or an output that cannot be written or that
+                holds a trace already.
         """
         refuse_strangers(output / ADAPTER_FOLDER)
+        if (path := output / TRACE_FILE).exists():
+            raise InputError(f"{path} exists: a search was run there. Choose another folder, or delete it.")
         self._output, self._started_s = output, time.monotonic()
         self._setup = setup = load_setup(config, base, objective)
-        self._trace = TraceWriter(output / TRACE_FILE)
+        self._trace = TraceWriter(path)
         self._trace.header(setup.describe())
         prompts = setup.write_prompts(self._trace, Record())
         self._steering = setup.steer(prompts, self._trace, Record())

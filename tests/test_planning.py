@@ -45,7 +45,6 @@ def test_a_stage_replaces_what_it_names_and_keeps_the_rest():
     assert {(space.sign, space.n_knots) for space in (first, second, third)} == {("non_negative", 3)}
 
 
-@pytest.mark.xfail(strict=True, reason="settings refuse any truth value that may also be left out")
 @pytest.mark.parametrize("is_shared", [True, False])
 def test_a_stage_may_share_its_profile_or_not(is_shared):
     stages = [{"share": 1, "shared_profile": is_shared}]

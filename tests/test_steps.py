@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from search import Steps, Trace, load_config, run_search
+from search.errors import InputError
 from tests.test_layers import ROOT
 from tests.test_merges import save_toy_zoo
 from tests.test_run import QUICK
@@ -66,3 +67,10 @@ def test_a_function_of_ones_own_is_minimised(config, tmp_path):
         scores = steps.evaluate(steps.ask())
     np.testing.assert_allclose(scores.per_expert, 1.0)
     assert Trace.load(tmp_path / "trace.jsonl").header["objective"].endswith("constant")
+
+
+def test_a_trace_that_is_there_is_not_replaced(config, tmp_path):
+    (tmp_path / "trace.jsonl").write_text("precious")
+    with pytest.raises(InputError, match="a search was run there"):
+        Steps(config, tmp_path)
+    assert (tmp_path / "trace.jsonl").read_text() == "precious"

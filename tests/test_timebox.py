@@ -1,11 +1,14 @@
 """Time box: what is left is the limit less what is spent and what is reserved."""
 
 import math
+import subprocess
+import sys
 import time
 
 import pytest
 
 from search.timebox import TimeBox
+from tests.test_layers import ROOT
 
 
 class Clock:
@@ -65,3 +68,15 @@ def test_senseless_numbers_and_names_are_refused():
     box.reserve("answers", 0)
     with pytest.raises(ValueError, match=r"no reserve 'merge' to release; reserved: \['answers'\]"):
         box.release("merge")
+
+
+def test_the_life_of_a_process_is_wall_time_from_its_start():
+    code = (
+        "import runpy, time; time.sleep(1.0); box = runpy.run_path('search/timebox.py'); "
+        "print(box['seconds_of_process'](), time.process_time())"
+    )
+    started_s = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    lived_s, computed_s = map(float, done.stdout.split())
+    assert 1.0 <= lived_s <= time.monotonic() - started_s + 0.05
+    assert lived_s >= computed_s
