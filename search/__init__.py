@@ -5,7 +5,8 @@ the caller drive each step; `search.merge` turns coefficients into a model.
 """
 
 from search.config import SearchConfig, load_config
-from search.run import RunResult, run_search
+from search.phases import RunResult
+from search.run import run_search
 from search.steps import Steps
 from search.trace import Trace
 

@@ -7,9 +7,12 @@ JSON on stdout at the end, everything else on stderr.
 import argparse
 import json
 import logging
+import signal
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn
@@ -37,6 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a subcommand, and turn bad input and Ctrl-C into one line and an exit code."""
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(message)s")
     quiet_other_libraries()
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: what is half-written goes
     try:
         arguments = parse_command(argv)
         document, code = arguments.do(arguments)
@@ -165,12 +170,15 @@ def run_command(arguments: argparse.Namespace) -> Outcome:
 def resume_command(arguments: argparse.Namespace) -> Outcome:
     """Go on with the run of a folder."""
     path = arguments.folder / TRACE_FILE
-    return _search(rebuild_config(Trace.load(path).header.get("config"), str(path)), arguments.folder)
+    header = Trace.load(path).header
+    config = rebuild_config(header.get("config"), str(path), header.get("folder"))
+    return _search(config, arguments.folder)
 
 
 def _search(config: SearchConfig, output: Path) -> Outcome:
     result = run_search(config, output=output, reserve_s=seconds_of_process(), resume=True)
-    print(result.report, file=sys.stderr)
+    with suppress(OSError):  # whoever read it may be gone; the run is done
+        print(result.report, file=sys.stderr, flush=True)
     document = {
         "output": str(output),
         "winner": result.winner,
@@ -178,7 +186,7 @@ def _search(config: SearchConfig, output: Path) -> Outcome:
         "evaluations": result.evaluations,
         "ended_by": result.ended_by,
     }
-    return document, 130 if result.ended_by == "interrupt" else 0
+    return document, 130 if result.interrupted else 0
 
 
 def doctor_command(arguments: argparse.Namespace) -> Outcome:

@@ -144,14 +144,18 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> SearchConfig:
         raise InputError(_describe_mistake(error, str(path), overrides).replace("\n", "\\n")) from None
 
 
-def rebuild_config(recorded: Any, path: str) -> SearchConfig:
+def rebuild_config(recorded: Any, path: str, folder: str | None = None) -> SearchConfig:
     """Rebuild the configuration that a trace's header holds; weights are looked for where they were.
+
+    Args:
+        path: of the trace, for errors.
+        folder: where relative paths began; the working directory when None.
 
     Raises:
         InputError: if it is none, or a folder is gone.
     """
     try:
-        return SearchConfig.model_validate(recorded)
+        return SearchConfig.model_validate(recorded, context={"roots": (Path(folder or ""),)})
     except ValidationError as error:
         raise InputError(_describe_mistake(error, f"{path}: config", ()).replace("\n", "\\n")) from None
 

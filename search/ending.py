@@ -9,7 +9,7 @@ import numpy as np
 
 from search.finalists import Judgement, judge_finalists, make_candidates, stack_coefficients
 from search.gradient import Descent, adam_descend
-from search.space import FloatArray
+from search.space import FloatArray, Space
 from search.stages import Found
 from search.steering import Steering
 from search.trace import TraceWriter
@@ -47,16 +47,24 @@ def descend(steering: Steering, start: FloatArray, steps: int, learning_rate: fl
 
 
 def refine_best(
-    steering: Steering, found: Found, steps: int, learning_rate: float, trace: TraceWriter
+    steering: Steering, found: Found, space: Space, pace: tuple[int, float], trace: TraceWriter
 ) -> FloatArray | None:
-    """Descend from the archive's best, and record it; None without steps or an archive."""
+    """Descend from the archive's best, back into the space, and record it; None without steps or an archive.
+
+    Args:
+        space: of the last stage: its signs, top k and structure hold for the result.
+        pace: steps and learning rate.
+    """
+    steps, learning_rate = pace
     if not steps or not len(found.archive):
         return None
     started_s = time.monotonic()
     descent, n_tokens = descend(steering, found.archive[0], steps, learning_rate)
     seconds = time.monotonic() - started_s
     trace.event("refined", steps=steps, losses=descent.losses, n_tokens=n_tokens, seconds=seconds)
-    return descent.best
+    genome, _ = space.encode(descent.best, np.ones(space.shape))
+    refined: FloatArray = space.to_coefficients(genome[None])[0]
+    return refined
 
 
 def judge_on_unseen(

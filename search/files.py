@@ -34,7 +34,9 @@ def atomic_write(path: Path) -> Iterator[Path]:
         yield temporary
         if temporary.is_dir() and path.is_dir():
             shutil.rmtree(path)
+        _sync(temporary)
         os.replace(temporary, path)
+        _sync_one(path.parent)
     except OSError as error:
         reason = error.strerror or str(error)
         raise InputError(
@@ -46,6 +48,21 @@ def atomic_write(path: Path) -> Iterator[Path]:
         else:
             with suppress(OSError):  # what failed is told above; a file in a folder's place fails here again
                 temporary.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    """Have a file, or all in a folder, on disk, so that a power cut after the rename leaves no empty file."""
+    for inner in sorted(path.rglob("*")) if path.is_dir() else []:
+        _sync_one(inner)
+    _sync_one(path)
+
+
+def _sync_one(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def write_json(path: Path, document: dict[str, Any]) -> None:

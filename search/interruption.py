@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 import time
+from contextlib import suppress
 from types import FrameType
 from typing import Any, Self
 
@@ -66,4 +67,5 @@ class Interruption:
         if not self._defers or self._requested_s is not None:
             raise KeyboardInterrupt
         self._requested_s = time.monotonic()
-        os.write(2, _NOTICE)  # not logging, whose lock the interrupted code may hold
+        with suppress(OSError):  # whoever read it may be gone, too
+            os.write(2, _NOTICE)  # not logging, whose lock the interrupted code may hold

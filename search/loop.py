@@ -119,6 +119,8 @@ class Engine:
     evaluator: Evaluator
     propose: Callable[[int, FloatArray], FloatArray] = lambda generation, mean: np.empty((0, len(mean)))
     """From the number of generations done and the mean (n_params,) to genomes (k, n_params) to inject."""
+    proposal_s: Callable[[int], float] = lambda generation: 0.0
+    """Seconds that proposing takes after so many generations, beside the generation itself."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -191,7 +193,7 @@ def search_loop(
     ended_by = past.ended_by
     while ended_by is None:
         try:
-            ended_by = _reason_to_end(state, tools, limits)
+            ended_by = _reason_to_end(state, engine, tools, limits)
             if ended_by is None:
                 _run_generation(state, engine, tools, limits)
         except Interrupted:
@@ -201,7 +203,7 @@ def search_loop(
     return SearchOutcome(*contents, mean, state.evaluations, ended_by, state.generations, state.longest_s)
 
 
-def _reason_to_end(state: SearchState, tools: SearchTools, limits: Limits) -> EndedBy | None:
+def _reason_to_end(state: SearchState, engine: Engine, tools: SearchTools, limits: Limits) -> EndedBy | None:
     """Say why no further generation may start, None if it may."""
     if tools.interrupted():
         return "interrupt"
@@ -209,7 +211,8 @@ def _reason_to_end(state: SearchState, tools: SearchTools, limits: Limits) -> En
         return None
     if state.evaluations + state.batch > limits.max_evaluations:
         return "evaluations"
-    return None if tools.timebox.fits(CAUTION * state.longest_s) else "clock"
+    next_s = state.longest_s + engine.proposal_s(state.generations)
+    return None if tools.timebox.fits(CAUTION * next_s) else "clock"
 
 
 def _replay_generation(state: SearchState, recorded: Generation, optimizer: Optimizer) -> None:

@@ -3,8 +3,10 @@
 Knows weights and where they are from; not prompts, losses or the search.
 """
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from typing import Any
 
 import torch
@@ -73,6 +75,12 @@ def identify_base(base: LoadedBase) -> dict[str, str | None]:
     return {"id": base.source, "revision": base.revision, "sha256": base.sha256}
 
 
+def _hash_scalings(adapter: Adapter) -> str:
+    """Hash what the weights' own hash does not tell: which module has which scaling."""
+    scalings = sorted((module, factors.scaling) for module, factors in adapter.modules.items())
+    return sha256(json.dumps(scalings).encode()).hexdigest()
+
+
 def identify_parts(parts: Parts) -> dict[str, Any]:
     """Say which weights these are, how coefficients are laid out, and what computes with them."""
     device = parts.model.device
@@ -84,7 +92,7 @@ def identify_parts(parts: Parts) -> dict[str, Any]:
                 "id": a.source,
                 "revision": a.revision,
                 "sha256": a.sha256,
-                "scaling": sorted({factors.scaling for factors in a.modules.values()}),
+                "scalings_sha256": _hash_scalings(a),
             }
             for a in parts.adapters
         ],

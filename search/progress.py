@@ -7,7 +7,7 @@ in a notebook one line is written over and over, as text (no widgets are needed 
 import sys
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import Any, Self, TextIO
 
 from tqdm import tqdm
@@ -90,9 +90,10 @@ class ProgressLine:
 
     def _write(self, line: str) -> None:
         self._shown_s = self._clock()
-        if self._file is not None:
-            self._file.write(f"{line}\n")
-            self._file.flush()
+        with suppress(OSError):  # nobody reads it any more: the run matters more
+            if self._file is not None:
+                self._file.write(f"{line}\n")
+                self._file.flush()
 
     def _elapsed_s(self) -> float:
         return self._clock() - self._started_s

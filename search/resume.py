@@ -147,7 +147,7 @@ def _is_place(key: str) -> bool:
     first, last = key.split(".")[0], key.rsplit(".", 1)[-1]
     if first == "config":
         return last in _PLACES
-    return first in ("commit", "device_name", "config_sha256", "schema") or last in ("id", "source")
+    return first in ("commit", "device_name", "config_sha256", "schema", "folder") or last in ("id", "source")
 
 
 def _by_importance(key: str) -> tuple[bool, bool, str]:

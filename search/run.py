@@ -1,68 +1,26 @@
-"""One run from configuration to merged adapter: load, prompts, signals, search, finalists, merge.
+"""One run from configuration to merged adapter, in a folder that may hold the beginning of it.
 
-Knows the order of the phases, the clock and the trace that they share; not how any of them works.
+Knows the folder, what an earlier run left there and when this one began; not the phases themselves.
 """
 
 import time
-from dataclasses import dataclass
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-
-from search.adapters import Adapter
 from search.base import LoadedBase
 from search.config import SearchConfig
-from search.delivery import ADAPTER_FOLDER, deliver_merge, rehearse_merge
-from search.ending import descend, estimate_finalists_s, judge_on_searched, judge_on_unseen, refine_best
-from search.finalists import Judgement
-from search.groups import Groups
-from search.interruption import Interrupted, Interruption
-from search.loop import CAUTION, EndedBy, Progress, SearchTools
-from search.merge import MergedAdapter, refuse_strangers
-from search.objective import Objective, objective_label
-from search.planning import choose_optimizer, set_limits
+from search.delivery import ADAPTER_FOLDER
+from search.interruption import Interruption
+from search.merge import refuse_strangers
+from search.objective import Objective
+from search.phases import Phases, RunResult, Shared
 from search.progress import ProgressLine
-from search.provenance import checkout_commit, library_versions
 from search.recorded import TRACE_FILE
 from search.resume import Record, read_record, refuse_changes
-from search.setup import Setup, load_setup
-from search.space import FloatArray
-from search.stages import Found, StagedSearch, run_stages
-from search.steering import Steering
-from search.summary import RunFacts, write_summary
+from search.setup import load_setup
 from search.timebox import TimeBox
 from search.trace import TraceWriter
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class RunResult:
-    """What a run found and wrote."""
-
-    adapters: tuple[Adapter, ...]
-    coefficients: FloatArray
-    """(n_groups, n_adapters) of the winner."""
-    groups: Groups
-    merged: MergedAdapter
-    winner: str
-    """The finalist's name."""
-    loss: float
-    """On unseen prompts, or on the searched ones where finalists were skipped."""
-    evaluations: int
-    ended_by: EndedBy
-    report: str
-    """For people."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Shared:
-    """What all phases use."""
-
-    trace: TraceWriter
-    box: TimeBox
-    line: ProgressLine
-    interruption: Interruption
-    record: Record
+from search.workspace import hold_folder
 
 
 def run_search(
@@ -88,210 +46,26 @@ def run_search(
         InputError: for weights or settings that do not fit, a run in `output` that had others, an output
             that cannot be written, or a model that gives no usable numbers.
     """
-    refuse_strangers(output / ADAPTER_FOLDER)
     path = output / TRACE_FILE
-    record = read_record(path) if resume else Record()
-    box = TimeBox(config.search.time_box_s, started_s=time.monotonic() - record.elapsed_s)
-    box.reserve("caller", reserve_s)
-    with Interruption() as interruption, ProgressLine(config.search.max_evaluations) as line:
+    with ExitStack() as held:
+        is_new = not output.is_dir()
+        held.enter_context(hold_folder(output))
+        refuse_strangers(output / ADAPTER_FOLDER)
+        record = read_record(path) if resume else Record()
+        box = TimeBox(config.search.time_box_s, started_s=time.monotonic() - record.elapsed_s)
+        box.reserve("caller", reserve_s)
+        interruption = held.enter_context(Interruption())
+        line = held.enter_context(ProgressLine(config.search.max_evaluations))
         line.phase("load")
         setup = load_setup(config, base, objective)
         header = setup.describe()
         refuse_changes(record, header, path)
-        with TraceWriter(path, n_kept_bytes=record.n_bytes, kept_events=record.kept_events) as trace:
-            if record.trace is None:
-                trace.header(header)
-            else:
-                trace.event("resumed", generations=len(record.trace.generations), elapsed_s=record.elapsed_s)
-            return _Run(setup, _Shared(trace, box, line, interruption, record)).finish(output)
-
-
-class _Run:
-    """The phases after loading."""
-
-    def __init__(self, setup: Setup, shared: _Shared) -> None:
-        self._setup, self._config, self._parts = setup, setup.config, setup.parts
-        self._trace, self._box, self._line = shared.trace, shared.box, shared.line
-        self._interruption, self._record = shared.interruption, shared.record
-        self._phase_name = "load"
-        self._n_back_offs = 0
-
-    def finish(self, output: Path) -> RunResult:
-        """Do what is left after loading."""
-        self._phase("prompts")
-        prompts = self._setup.write_prompts(self._trace, self._record)
-        self._phase("signals")
-        steering = self._setup.steer(prompts, self._trace, self._record)
-        self._record_back_offs(steering)
-        finalists_s = self._reserve_for_the_end(steering, output)
-        self._interruption.defer()
-        steering.searched.checkpoint = steering.unseen.checkpoint = self._interruption.check
-        found = self._search(steering)
-        ended_by, judgement = self._judge(steering, found, finalists_s)
-        n_unseen = np.bincount(prompts.unseen.expert, minlength=len(self._parts.names)).tolist()
-        facts = RunFacts(
-            names=self._parts.names,
-            judgement=judgement,
-            evaluations=found.evaluations,
-            generations=found.generations,
-            ended_by=ended_by,
-            n_unseen=n_unseen,
-            weak=steering.weak,
-            back_offs=steering.budget.oom_events,
-        )
-        return self._deliver(facts, output)
-
-    def _phase(self, name: str) -> None:
-        self._phase_name = name
-        self._line.phase(name)
-
-    def _reserve_for_the_end(self, steering: Steering, output: Path) -> float:
-        """Measure and reserve what finalists, or one candidate in their place, and merge take at most.
-
-        Returns:
-            The finalists' seconds.
-        """
-        self._phase("rehearsal")
-        uniform = steering.references[1].coefficients
-        merge_s = rehearse_merge(self._parts, uniform, self._config.base.name, output)
-        settings = self._config.search
-        refine_s = (settings.gradient.refine_steps + 1) * self._time_gradient(steering, uniform)
-        finalists_s = CAUTION * (refine_s + estimate_finalists_s(steering, settings.n_finalists))
-        self._box.reserve("merge", CAUTION * (merge_s + steering.searched_candidate_s))
-        self._box.reserve("finalists", finalists_s)
-        return finalists_s
-
-    def _time_gradient(self, steering: Steering, at: FloatArray) -> float:
-        """Take one gradient where some are asked for, in seconds; one that cannot be taken shows now."""
-        gradient, started_s = self._config.search.gradient, time.monotonic()
-        if gradient.refine_steps or gradient.inject_every:
-            steering.searched.gradient(at)
-        return time.monotonic() - started_s
-
-    def _search(self, steering: Steering) -> Found:
-        self._phase("search")
-        first = self._setup.first
-        start = steering.confine(first.start)
-        began = self._record.event("search")
-        search_s = self._box.left_s() if began is None else began["left_s"]
-        self._trace.event(
-            "search",
-            start=start,
-            spread=first.spread,
-            prior=self._setup.describe_prior(),
-            left_s=search_s,
-            elapsed_s=self._box.elapsed_s(),
-        )
-
-        def show(progress: Progress) -> None:
-            self._line.show(progress)
-            self._record_back_offs(steering)
-
-        tools = SearchTools(
-            trace=self._trace,
-            timebox=self._box,
-            on_generation=show,
-            interrupted=lambda: self._interruption.requested,
-        )
-        found = run_stages(self._plan_search(steering, search_s), start, first.spread, tools)
-        self._trace.event(
-            "search_ended",
-            ended_by=found.ended_by,
-            generations=found.generations,
-            evaluations=found.evaluations,
-            best_loss=found.archive_losses.min(initial=np.inf),
-            elapsed_s=self._box.elapsed_s(),
-            mean=found.mean,
-            spread=found.spread,
-        )
-        return found
-
-    def _plan_search(self, steering: Steering, search_s: float) -> StagedSearch:
-        settings, gradient = self._config.search, self._config.search.gradient
-        steps, rate = gradient.inject_steps, gradient.learning_rate
-        return StagedSearch(
-            stages=self._setup.plan(steering),
-            choice=choose_optimizer(settings),
-            limits=set_limits(settings),
-            evaluator=steering.searched,
-            search_s=search_s,
-            past_of=self._record.past,
-            inject_every=gradient.inject_every,
-            improve=lambda mean: descend(steering, mean, steps, rate)[0].best,
-        )
-
-    def _judge(self, steering: Steering, found: Found, finalists_s: float) -> tuple[EndedBy, Judgement]:
-        """Compare on unseen prompts; on searched ones after an interrupt (before or now), or without time."""
-        self._phase("finalists")
-        self._box.release("finalists")
-        settings = self._config.search.gradient
-        done = self._record.event("finalists")  # is done again as it was, whatever the clock says
-        try:
-            if self._interruption.requested:
-                raise Interrupted
-            if done["prompts"] == "unseen" if done else self._box.fits(finalists_s):
-                steps, rate = settings.refine_steps, settings.learning_rate
-                refined = refine_best(steering, found, steps, rate, self._trace)
-                judgement = judge_on_unseen(steering, found, refined, self._trace)
-                self._record_back_offs(steering)
-                return found.ended_by, judgement
-            self._trace.event("finalists_skipped", left_s=self._box.left_s(), needed_s=finalists_s)
-        except Interrupted:
-            phase = "search" if found.ended_by == "interrupt" else "finalists"
-            self._trace.event("interrupt", phase=phase)
-            return "interrupt", judge_on_searched(steering, found, self._trace)
-        return found.ended_by, judge_on_searched(steering, found, self._trace)
-
-    def _record_back_offs(self, steering: Steering) -> None:
-        """Record the times that memory ran out since the last call."""
-        for event in steering.budget.oom_events[self._n_back_offs :]:
-            self._trace.event("out_of_memory", phase=self._phase_name, **event)
-        self._n_back_offs = len(steering.budget.oom_events)
-
-    def _deliver(self, facts: RunFacts, output: Path) -> RunResult:
-        """Merge the winner, write everything, and say what happened."""
-        self._phase("merge")
-        started_s, judgement, winner = time.monotonic(), facts.judgement, facts.judgement.winner
-        merged = deliver_merge(
-            self._parts,
-            winner.coefficients,
-            self._config.base.name,
-            output,
-            objective=self._describe_loss(judgement),
-            provenance={
-                "commit": checkout_commit(),
-                "versions": library_versions(),
-                "seed": self._config.search.seed,
-                "trace": TRACE_FILE,
-                "winner": winner.name,
-                "ended_by": facts.ended_by,
-                "evaluations": facts.evaluations,
-            },
-        )
-        self._trace.event(
-            "merged",
-            winner=winner.name,
-            ended_by=facts.ended_by,
-            elapsed_s=self._box.elapsed_s(),
-            seconds=time.monotonic() - started_s,
-        )
-        return RunResult(
-            adapters=self._parts.adapters,
-            coefficients=winner.coefficients,
-            groups=self._parts.groups,
-            merged=merged,
-            winner=winner.name,
-            loss=float(judgement.losses[judgement.place]),
-            evaluations=facts.evaluations,
-            ended_by=facts.ended_by,
-            report=write_summary(facts),
-        )
-
-    def _describe_loss(self, judgement: Judgement) -> dict[str, Any]:
-        """Return what coefficients.json says of the winner's loss."""
-        return {
-            "name": objective_label(self._setup.objective),
-            "combine": self._config.objective.combine,
-            "loss": float(judgement.losses[judgement.place]),
-            "per_expert": judgement.per_expert[judgement.place].tolist(),
-        }
+        writer = TraceWriter(path, n_kept_bytes=record.n_bytes, kept_events=record.kept_events)
+        trace = held.enter_context(writer)
+        if is_new:
+            held.enter_context(hold_folder(output))
+        if record.trace is None:
+            trace.header(header)
+        else:
+            trace.event("resumed", generations=len(record.trace.generations), elapsed_s=record.elapsed_s)
+        return Phases(setup, Shared(trace, box, line, interruption, record)).finish(output)

@@ -120,6 +120,12 @@ class StagedSearch:
     """Generations from one improved mean, put into the population, to the next; 0 for none."""
     improve: Callable[[FloatArray], FloatArray]
     """From coefficients (n_groups, n_adapters) to better ones."""
+    improve_s: float = 0.0
+    """Seconds that this takes."""
+
+    def improves_after(self, generations: int) -> bool:
+        """Whether an improved mean is put in once so many generations of a stage are done."""
+        return self.inject_every > 0 and (generations + 1) % self.inject_every == 0
 
 
 def run_stages(search: StagedSearch, start: FloatArray, spread: FloatArray, tools: SearchTools) -> Found:
@@ -169,12 +175,17 @@ def _run_stage(search: StagedSearch, stage: Stage, start: _Start, tools: SearchT
 
     def propose(generation: int, mean: FloatArray) -> FloatArray:
         tables = list(start.best) if generation == 0 else []
-        if search.inject_every and (generation + 1) % search.inject_every == 0:
+        if search.improves_after(generation):
             tables.append(search.improve(space.to_coefficients(mean[None])[0]))
         genomes = [space.encode(table, start.spread)[0] for table in tables]
         return np.array(genomes[: max(1, optimizer.n_injectable)]).reshape(-1, len(mean))
 
-    engine = Engine(optimizer, GenomeEvaluator(space, search.evaluator), propose)
+    engine = Engine(
+        optimizer,
+        GenomeEvaluator(space, search.evaluator),
+        propose,
+        lambda generation: search.improve_s if search.improves_after(generation) else 0.0,
+    )
     outcome = search_loop(engine, tools, start.limits, before=before, past=search.past_of(before.stage))
     rng = np.random.default_rng([search.choice.seed, before.stage])
     found = Found(

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from search.errors import InputError
 from search.evaluate import PopulationEvaluator, Scoring
 from search.experts import TokenBudget, default_token_budget, expert_signals
 from search.finalists import Bounds, Finalist, make_references, stack_coefficients
@@ -140,6 +141,7 @@ def prepare_steering(
         PopulationEvaluator(parts.model, parts.stacked, parts.groups, part, own, request.scoring, budget)
         for part, own in zip(both, signals, strict=True)
     )
+    _refuse_no_numbers(parts.names, searched, unseen)
     references = make_references(parts.shape[0], parts.names, request.prior)
     n_general = len(references) - len(parts.names)
     scores, searched_candidate_s = _score_references(searched, references[:n_general], trace)
@@ -167,6 +169,17 @@ def _warn_of_weak_prompts(
             len(names),
             weak_signal_nats,
             ", ".join(weak),
+        )
+
+
+def _refuse_no_numbers(names: Sequence[str], *evaluators: PopulationEvaluator) -> None:
+    """Refuse (InputError) a base that has no finite disagreement with an expert: no loss would be finite."""
+    is_finite = np.isfinite(np.stack([evaluator.base_per_expert for evaluator in evaluators]))
+    if not is_finite.all():
+        found = ", ".join(names[expert] for expert in np.flatnonzero(~is_finite.all(axis=0)).tolist())
+        raise InputError(
+            f"the base gives no finite numbers on prompts of {found}. Use base.dtype: float32, another "
+            "objective, or leave the adapter out."
         )
 
 

@@ -8,11 +8,14 @@ import pytest
 from search.ending import descend, estimate_finalists_s, judge_on_searched, judge_on_unseen, refine_best
 from search.evaluate import GradientScores
 from search.finalists import Bounds, make_references
+from search.groups import group_modules
 from search.loop import Scores
+from search.space import make_space
 from search.stages import Found
 from search.steering import Steering
 from search.trace import Trace, TraceWriter
 
+SPACE = make_space(group_modules(["model.layers.0.mlp"], "model"), 2)
 FREE = Bounds(np.full(2, -np.inf), np.full(2, np.inf))
 PRIOR = np.array([[0.4, 0.1]])
 TARGET = np.array([[0.7, -0.2]])
@@ -167,7 +170,7 @@ def test_descent_stays_within_the_bounds_of_weak_adapters():
 
 def test_the_archives_best_is_refined_and_recorded(recorded):
     found = make_found((0.1, 0.0), (5, 5))
-    refined = refine_best(make_steering(), found, 30, 0.05, recorded.writer)
+    refined = refine_best(make_steering(), found, SPACE, (30, 0.05), recorded.writer)
     assert ((refined - TARGET) ** 2).sum() < 0.1 * ((found.archive[0] - TARGET) ** 2).sum()
     (event,) = recorded.events()
     assert (event["event"], event["steps"], event["n_tokens"]) == ("refined", 30, 310)
@@ -177,5 +180,5 @@ def test_the_archives_best_is_refined_and_recorded(recorded):
 
 @pytest.mark.parametrize(("archive", "steps"), [([], 5), ([(0.1, 0.0)], 0)])
 def test_without_steps_or_an_archive_nothing_is_refined(recorded, archive, steps):
-    assert refine_best(make_steering(), make_found(*archive), steps, 0.05, recorded.writer) is None
+    assert refine_best(make_steering(), make_found(*archive), SPACE, (steps, 0.05), recorded.writer) is None
     assert recorded.events() == []

@@ -133,7 +133,8 @@ def disturb(server, whole, output, rng):
     story, before = [], []
     for _ in range(rng.integers(1, 3)):
         seconds = float(rng.uniform(0, whole_s))
-        while server.kill_after(seconds, config, output) != -signal.SIGKILL:  # it was over: kill earlier
+        while (status := server.kill_after(seconds, config, output)) != -signal.SIGKILL:
+            assert status == 0, server.log.read_text()  # it was over: kill earlier
             shutil.rmtree(output)
             story, seconds = [], seconds / 2
         torn = tear(trace, rng) if rng.random() < 0.4 else "not torn"
@@ -143,20 +144,21 @@ def disturb(server, whole, output, rng):
     assert server.finish(config, output) == 0, server.log.read_text()
     after = trace.read_bytes().splitlines()
     assert after[: len(before)] == before, "what was recorded was written anew"
-    return "; ".join(story)
+    return "; ".join(story), n_done > 0
 
 
 def check_moments(server, whole, folder, moments):
     expected_lines, expected_results = read_lines(whole[1]), read_results(whole[1])
-    n_equal = 0
+    n_equal = n_in_search = 0
     for moment in moments:
         output = folder / str(moment)
-        story = disturb(server, whole, output, np.random.default_rng(moment))
+        story, was_in_search = disturb(server, whole, output, np.random.default_rng(moment))
         same = read_lines(output) == expected_lines and read_results(output) == expected_results
-        n_equal += same
+        n_equal, n_in_search = n_equal + same, n_in_search + was_in_search
         sys.stdout.write(f"moment {moment:2}: {'equal' if same else 'DIFFERENT'}: {story}\n")
     sys.stdout.write(f"{n_equal} of {len(moments)} equal\n")
     assert n_equal == len(moments)
+    assert n_in_search >= len(moments) / 4, "hardly any kill hit the search: nothing was shown"
 
 
 def test_a_killed_search_goes_on_as_if_nothing_had_happened(server, whole, tmp_path):

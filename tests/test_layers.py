@@ -10,7 +10,17 @@ import pytest
 ROOT = Path(__file__).parents[1]
 LAYERS = (
     {"errors"},
-    {"card", "groups", "interruption", "picture", "profiles", "provenance", "timebox", "transforms"},
+    {
+        "card",
+        "groups",
+        "interruption",
+        "picture",
+        "profiles",
+        "provenance",
+        "timebox",
+        "transforms",
+        "workspace",
+    },
     {"files", "locate", "objective", "sampling", "skeleton", "space", "trace", "yaml_input"},
     {"adapters", "archive", "base", "finalists", "gradient", "movement", "optimizer", "plugin", "priors"}
     | {"racing", "report", "settings", "tables"},
@@ -22,8 +32,8 @@ LAYERS = (
     {"evaluate"},
     {"steering"},
     {"ending", "setup"},
-    {"run", "steps", "trial"},
-    {"doctor"},
+    {"phases", "steps", "trial"},
+    {"doctor", "run"},
     {"__init__", "__main__"},
 )
 """A file of search/ imports only from layers above its own here."""
@@ -32,7 +42,7 @@ TORCH_FREE = {
     *("files", "finalists", "finding", "forecast", "gradient", "groups", "interruption", "locate", "loop"),
     *("movement", "optimizer", "picture", "planning", "prior_learning", "priors", "profiles", "progress"),
     *("provenance", "racing", "report", "resume", "settings", "skeleton", "space", "stages", "summary"),
-    *("tables", "timebox", "trace", "transforms", "yaml_input"),
+    *("tables", "timebox", "trace", "transforms", "workspace", "yaml_input"),
 }
 ONLY_IN = {
     "nevergrad": {"optimizer"},

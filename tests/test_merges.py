@@ -158,6 +158,7 @@ def test_my_merge_folds_what_the_search_found(config, tmp_path, monkeypatch):
             base=base,
             merged=merged,
             ended_by="clock",
+            interrupted=False,
             report="found",
         )
 

@@ -54,11 +54,32 @@ def test_their_identity_is_plain_json(base, toy_adapters):
     assert json.loads(json.dumps(identity)) == {
         "base": {"id": BASE_NAME, "revision": "c0ffee", "sha256": "ab" * 32},
         "adapters": [
-            {"name": a.name, "id": a.source, "revision": None, "sha256": a.sha256, "scaling": scaling}
-            for a, scaling in zip(adapters, ([4.0], [2.0], [5 / 6, 5 / 3, 4.0, 5.0]), strict=True)
+            {
+                "name": a.name,
+                "id": a.source,
+                "revision": None,
+                "sha256": a.sha256,
+                "scalings_sha256": identity["adapters"][place]["scalings_sha256"],
+            }
+            for place, a in enumerate(adapters)
         ],
         "groups": ["layer.0", "layer.1"],
         "device": "cpu",
         "device_name": None,
         "dtype": "float64",
     }
+
+
+def test_another_scaling_of_one_module_is_another_identity(base, toy_adapters):
+    adapters = toy_adapters("llama")
+    module, factors = next(iter(adapters[0].modules.items()))
+    scaled = {**adapters[0].modules, module: replace(factors, scaling=factors.scaling * 2)}
+    changed = (replace(adapters[0], modules=scaled), *adapters[1:])
+    before, after = (
+        [row["scalings_sha256"] for row in identify_parts(parts)["adapters"]]
+        for parts in (
+            assemble_parts(base, experts, base_name=BASE_NAME, kind="layer")
+            for experts in (adapters, changed)
+        )
+    )
+    assert [one == other for one, other in zip(before, after, strict=True)] == [False, True, True]

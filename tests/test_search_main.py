@@ -1,9 +1,14 @@
 """The command `python -m search run`: what it prints, writes and refuses."""
 
 import json
+import os
 import re
 import runpy
+import shutil
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -11,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from search import __main__ as program
 from search.run import run_search
+from tests.test_layers import ROOT
 from tests.test_merges import save_toy_zoo
 from tests.test_run import QUICK
 
@@ -156,6 +162,36 @@ def test_resume_needs_nothing_but_the_folder(two_runs, zoo, here, capsys):
     assert "no trace" in refusal(capsys, "resume", two_runs) or "cannot read" in refusal(
         capsys, "resume", two_runs
     )
+
+
+def test_resume_looks_for_weights_where_the_run_began(zoo, here, monkeypatch, capsys):
+    shutil.copytree(zoo.parent, here / "there" / "zoo")
+    (here / "elsewhere").mkdir()
+    monkeypatch.chdir(here / "there")
+    Path("mine.yaml").write_text("base: zoo/base\nadapters: zoo/adapters\n")
+    names = [f"adapters={sorted(str(path) for path in Path('zoo/adapters').iterdir())}"]
+    whole = outcome_of(capsys, "run", "mine.yaml", "--out", "out", "--set", *QUICK, *names)
+    monkeypatch.chdir(here / "elsewhere")
+    assert outcome_of(capsys, "resume", here / "there/out")["loss"] == whole["loss"]
+
+
+def test_an_interrupt_is_survived_when_nobody_reads_stderr(zoo, here):
+    command = [sys.executable, "-W", "ignore", "-m", "search", "run", str(zoo), "--out", str(here / "out")]
+    settings = ["--set", *QUICK, "search.max_evaluations=100000"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        command + settings, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    trace = here / "out/trace.jsonl"
+    deadline_s = time.monotonic() + 120
+    while b'"index": 2' not in (trace.read_bytes() if trace.exists() else b""):
+        assert time.monotonic() < deadline_s
+        time.sleep(0.05)
+    process.stderr.close()
+    process.send_signal(signal.SIGINT)
+    assert json.loads(process.stdout.read())["ended_by"] == "interrupt"
+    assert process.wait(30) == 130
+    assert (here / "out/adapter/adapter_model.safetensors").exists()
 
 
 def test_priors_of_two_runs_start_the_next(two_runs, zoo, capsys):

@@ -303,8 +303,6 @@ def test_a_search_stopped_anywhere_goes_on_as_the_uninterrupted_one(tmp_path, na
         path.write_text("".join(lines[:n_kept]))
         past_of = read_past(path)
         assert_same_found(search(tmp_path / "rest", past_of=past_of, **options), whole)
-        generations = load(tmp_path / "rest").generations if n_kept == 1 else []  # else not from 0 on
-        assert len(generations) in (0, 9)
         rest = [json.loads(line) for line in (tmp_path / "rest" / "trace.jsonl").read_text().splitlines()]
         again = [line for line in rest if line["kind"] == "generation"]
         drop = {"elapsed_s": 0, "seconds": 0}

@@ -20,5 +20,5 @@ class MyMerge(Merges):
         )
         fold_adapters(self.base_model, result.adapters, result.coefficients, result.groups)
         self.merged_model = result.merged.state_dict
-        self.ended_by = result.ended_by
+        self.ended_by = "interrupt" if result.interrupted else result.ended_by
         self.report = result.report
