@@ -36,7 +36,12 @@ def is_our_card(path: Path) -> bool:
 
 
 def write_card(
-    document: dict[str, Any], *, base_name: str, rank: int | None, relative_error: float | None = None
+    document: dict[str, Any],
+    *,
+    base_name: str,
+    rank: int | None,
+    relative_error: float | None = None,
+    worst: tuple[str, float] | None = None,
 ) -> str:
     """Return the text of README.md.
 
@@ -45,12 +50,13 @@ def write_card(
         base_name: what users call the base; in the YAML head only where it can be a hub id.
         rank: the adapter's largest rank; None for a dense model.
         relative_error: Frobenius norm of what a smaller rank left out over that of the exact update.
+        worst: the module where that is largest, and how large.
     """
     kind = "model" if rank is None else "LoRA adapter"
     parts = (
         f"---\n{_head(base_name, dense=rank is None)}---\n{_CARD_MARK}",
         f"# {len(document['adapters'])} LoRA experts of {_text(base_name)}, merged into one {kind}",
-        _summary(document, rank, relative_error),
+        _summary(document, rank, relative_error, worst),
         _usage(document["base"], base_name, rank),
         "## Coefficients",
         _coefficients(document),
@@ -73,7 +79,12 @@ def _head(base_name: str, *, dense: bool) -> str:
     return yaml.safe_dump(head, sort_keys=False, allow_unicode=True)
 
 
-def _summary(document: dict[str, Any], rank: int | None, relative_error: float | None) -> str:
+def _summary(
+    document: dict[str, Any],
+    rank: int | None,
+    relative_error: float | None,
+    worst: tuple[str, float] | None,
+) -> str:
     lines = [
         "The update of each weight is the sum over the adapters below of coefficient x scaling x B A, exact: "
         f"no cross terms. Method: {_text(document['method'])}; no data was used."
@@ -88,6 +99,8 @@ def _summary(document: dict[str, Any], rank: int | None, relative_error: float |
             "adapter of this rank is nearer. "
             f"It leaves out {relative_error:.3g} of the sum (relative Frobenius norm)."
         )
+    if worst is not None:
+        lines.append(f"The module that loses most is {_text(worst[0])}: {worst[1]:.3g} of its update.")
     return "\n".join(lines)
 
 

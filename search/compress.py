@@ -22,6 +22,11 @@ class Compressed:
     relative_error: float
     """The same over all modules together."""
 
+    @property
+    def worst(self) -> tuple[str, float]:
+        """The module with the largest error, the first by name of several, and its error."""
+        return max(sorted(self.errors.items()), key=lambda named: named[1])
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Cut:

@@ -14,10 +14,11 @@ from transformers import AutoTokenizer, GenerationConfig
 
 from search.adapters import Adapter, check_adapter, load_adapter
 from search.base import LoadedBase, choose_dtype, load_base, load_shapes
-from search.card import write_card
-from search.compress import compress_adapter
+from search.card import CARD_FILE, write_card
+from search.compress import Compressed, compress_adapter
 from search.delivery import deliver_adapter
 from search.errors import InputError
+from search.files import atomic_write
 from search.groups import Groups
 from search.merge import Papers, fold_adapters, merge_adapters, refuse_strangers, replace_folder, write_papers
 from search.recorded import (
@@ -42,6 +43,10 @@ class ExportResult:
     """That the merge changes."""
     relative_error: float | None
     """Of the cut to a smaller rank, in Frobenius norm; None where nothing was cut."""
+    worst_module: str | None
+    """That the cut leaves out most of; None where nothing was cut."""
+    worst_error: float | None
+    """That module's relative error."""
     n_bytes: int
     """Of all files in the folder."""
 
@@ -150,18 +155,34 @@ def _export_adapter(loaded: _Loaded, output: Path, rank: int | None, dtype: str)
         if rank is None
         else torch.promote_types(target, torch.float32),  # rounded once, at the end
     )
-    relative_error = None
-    if rank is not None:
-        compressed = compress_adapter(merged, rank, dtype=target)
-        merged, relative_error = compressed.merged, compressed.relative_error
-    deliver_adapter(merged, loaded.document, output, relative_error)
+    cut = None if rank is None else compress_adapter(merged, rank, dtype=target)
+    if cut is None:
+        deliver_adapter(merged, loaded.document, output)
+    else:
+        _deliver_cut(cut, loaded, output)
     return ExportResult(
         output=str(output),
-        rank=merged.config["r"],
+        rank=(cut.merged if cut else merged).config["r"],
         modules=len(merged.modules),
-        relative_error=relative_error,
+        relative_error=cut.relative_error if cut else None,
+        worst_module=cut.worst[0] if cut else None,
+        worst_error=cut.worst[1] if cut else None,
         n_bytes=_count_bytes(output),
     )
+
+
+def _deliver_cut(cut: Compressed, loaded: _Loaded, folder: Path) -> None:
+    """Deliver an adapter of smaller rank, with the module that it costs most in its card."""
+    deliver_adapter(cut.merged, loaded.document, folder, cut.relative_error)
+    card = write_card(
+        loaded.document,
+        base_name=loaded.merge.base_name,
+        rank=cut.merged.config["r"],
+        relative_error=cut.relative_error,
+        worst=cut.worst,
+    )
+    with atomic_write(folder / CARD_FILE) as temporary:
+        temporary.write_text(card, encoding="utf-8", errors="replace")
 
 
 def _adapter_dtype(adapters: tuple[Adapter, ...], dtype: str) -> torch.dtype:
@@ -192,6 +213,8 @@ def _export_dense(loaded: _Loaded, record: Path, output: Path, dtype: str) -> Ex
         rank=None,
         modules=len(loaded.groups.group_of),
         relative_error=None,
+        worst_module=None,
+        worst_error=None,
         n_bytes=_count_bytes(output),
     )
 

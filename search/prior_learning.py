@@ -12,8 +12,7 @@ both (n_groups, n_adapters), and n the number of runs that had an adapter, for e
 (3) is how far the start may be off: the variance of a mean of n runs, and what each run left open. It is not
 how far runs lie apart, which counts directions that make no difference: with that, searches began too wide
 (benchmarks/LOG.md). In (2), two or three runs tell an entry's variance badly, so it is drawn to `pooled`,
-the variance of all entries, as if POOLED_RUNS runs more had shown that (Smyth 2004, Statistical
-Applications in Genetics and Molecular Biology 3(1), article 3: the moderated variance).
+the variance of all entries, as if POOLED_RUNS runs more had shown that (Smyth 2004, SAGMB 3(1), article 3).
 """
 
 import logging
@@ -52,24 +51,22 @@ def learn_prior(paths: Sequence[Path]) -> Prior:
     """Combine finished runs over one base and the same groups; their order does not matter.
 
     A run's answer is its winner: of all it offers the one point compared on prompts that its search had not
-    seen. Where a reference won (base, uniform merge, one expert, an earlier prior) the search found nothing
-    better, and its run is left out with a warning: a coefficient of 0 or 1 would be taken for what a search
-    found, and an earlier prior would count twice.
+    seen. Left out with a warning are runs without such a point, after an interrupt or for lack of time, and
+    runs that a reference won (base, uniform merge, one expert, an earlier prior): a coefficient of 0 or 1
+    would be taken for what a search found, and an earlier prior would count twice.
 
-    All runs that are left weigh the same, whatever their budget: each has beaten its references, and one that
-    was short of time ends with a wider distribution, which widens (3). Adapters are matched by hash.
-    Coefficients are taken as they are, though with fewer adapters they tend to be larger: runs over subsets
-    then disagree, and the spread says so.
+    All others weigh the same, whatever their budget: each has beaten its references, and one that was short
+    of time ends with a wider distribution, which widens (3). Adapters are matched by hash. With fewer
+    adapters coefficients tend to be larger: runs over subsets then disagree, and the spread says so.
 
     Raises:
-        InputError: for a trace that is unfinished, damaged or given twice; for another base, other groups, or
-            other weights under the same name; and where no run is left.
+        InputError: for traces that are unfinished, damaged or equal, or differ in base, groups or weights.
     """
     runs = [run for path in paths if (run := _read_run(path))]
     if not runs:
         raise InputError(
-            f"nothing to learn a prior from: none of {len(paths)} traces has a winner that its search found; "
-            "give at least one that has, or search longer"
+            f"nothing to learn a prior from: none of {len(paths)} traces has a winner that its search found "
+            "and compared on unseen prompts; give at least one that has, or search longer"
         )
     runs.sort(key=lambda run: (run.header.seed, run.ended.evaluations, run.sha256))
     _check_alike(runs)
@@ -122,6 +119,7 @@ class _TracedEnd(_TracedLine):
 
 
 class _TracedFinalists(_TracedLine):
+    prompts: str
     names: list[str]
     losses: list[float | None]
     winner: str
@@ -137,8 +135,7 @@ class _FinishedRun:
     header: _TracedHeader
     ended: _TracedEnd
     finalists: _TracedFinalists
-    loss: float
-    """The winner's."""
+    loss: float  # the winner's
 
     @property
     def hashes(self) -> list[str]:
@@ -157,9 +154,9 @@ class _FinishedRun:
 
 
 def _read_run(path: Path) -> _FinishedRun | None:
-    """Read one trace; None, with a warning, where a reference won."""
+    """Read one trace; None, with a warning, where its winner is no answer."""
     trace = Trace.load(path)
-    finalists, ended = trace.last("finalists"), trace.last("search_ended")
+    finalists, ended = trace.ending("finalists"), trace.ending("search_ended")
     if finalists is None or ended is None:
         raise InputError(f"{path}: unfinished; resume it first: python -m search resume {path.parent}")
     said = _validate_line(_TracedFinalists, finalists, f"{path}: event finalists")
@@ -172,13 +169,22 @@ def _read_run(path: Path) -> _FinishedRun | None:
         _loss_of_winner(path, said),
     )
     _check_run(run)
-    winner = said.winner
-    if winner in ("base", "uniform", "prior") or winner.startswith("expert "):
-        logging.getLogger(__name__).warning(
-            "%s: left out of the prior: its winner is %r, which its search did not find", path, winner
-        )
+    if flaw := _find_no_answer(run):
+        logging.getLogger(__name__).warning("%s: left out of the prior: %s", path, flaw)
         return None
     return run
+
+
+def _find_no_answer(run: _FinishedRun) -> str | None:
+    """Say why a run's winner tells nothing of where a search ends; None where it does."""
+    winner, prompts = run.finalists.winner, run.finalists.prompts
+    if winner in ("base", "uniform", "prior") or winner.startswith("expert "):
+        return f"its winner is {winner!r}, which its search did not find"
+    if run.ended.ended_by == "interrupt":
+        return f"its search was interrupted; to use it: python -m search resume {run.path.parent}"
+    if prompts != "unseen":
+        return f"its winner was compared on {prompts} prompts only, not on unseen ones"
+    return None
 
 
 _Line = TypeVar("_Line", bound=_TracedLine)
@@ -194,10 +200,8 @@ def _validate_line(kind: type[_Line], line: dict[str, Any], where: str) -> _Line
 def _loss_of_winner(path: Path, finalists: _TracedFinalists) -> float:
     loss = dict(zip(finalists.names, finalists.losses, strict=False)).get(finalists.winner)
     if loss is None:
-        raise InputError(
-            f"{path}: event finalists: losses: found none of the winner {finalists.winner!r}, expected "
-            "a number; leave this trace out"
-        )
+        found = f"{path}: event finalists: losses: found none of the winner {finalists.winner!r}"
+        raise InputError(f"{found}, expected a number; leave this trace out")
     return loss
 
 
@@ -213,9 +217,9 @@ def _check_run(run: _FinishedRun) -> None:
             raise InputError(f"{run.path}: event {where}: {flaw}; leave this trace out")
     if len(set(run.hashes)) < len(run.hashes):
         twice = max(run.hashes, key=run.hashes.count)
-        names = [adapter.name for adapter in run.header.adapters if adapter.sha256 == twice]
+        names = " and ".join(adapter.name for adapter in run.header.adapters if adapter.sha256 == twice)
         raise InputError(
-            f"{run.path}: header: {' and '.join(names)} have the same weights (sha256 {twice[:12]}), "
+            f"{run.path}: header: {names} have the same weights (sha256 {twice[:12]}), "
             "expected each once: leave this trace out"
         )
 

@@ -106,6 +106,8 @@ class NeutralStart:
     """(n_adapters,)."""
     hashes: Sequence[str | None]
     """(n_adapters,) SHA-256 of the adapters' weights; None is like no other."""
+    base_sha256: str | None
+    """None where it is not known: any base will do."""
     groups: Sequence[str]
     """(n_groups,)."""
     start: FloatArray
@@ -132,26 +134,28 @@ def start_from_prior(prior: Prior, neutral: NeutralStart, *, allow_changed: bool
     An adapter is known by its hash, whatever its name.
 
     Args:
-        allow_changed: an adapter known by name alone takes its namesake's start instead of being refused.
+        allow_changed: of adapters known by name alone and of another base the start is taken, not refused.
 
     Raises:
-        InputError: for other groups than the prior's, or other weights under a name that it knows.
+        InputError: for other groups than the prior's, another base, or other weights under a name it knows.
     """
     _check_groups_of_prior(prior.groups, neutral.groups)
     start, spread = neutral.start.copy(), neutral.spread.copy()
-    missing, changed = [], []
+    missing, changed = [], dict[str, InputError]()
+    if prior.base.sha256 and neutral.base_sha256 not in (None, prior.base.sha256):
+        changed["base"] = _refuse_changed("base", neutral.base_sha256, prior.base.sha256)
     for column, (name, sha256) in enumerate(zip(neutral.names, neutral.hashes, strict=True)):
         if sha256 in prior.hashes:
             known = prior.hashes.index(sha256)
         elif name in prior.names:
             known = prior.names.index(name)
-            changed.append(name)
-            if not allow_changed:
-                raise _refuse_changed(name, sha256, prior.hashes[known])
+            changed[name] = _refuse_changed(f"adapter {name!r}", sha256, prior.hashes[known])
         else:
             missing.append(name)
             continue
         start[:, column], spread[:, column] = prior.start[:, known], prior.spread[:, known]
+    if changed and not allow_changed:
+        raise next(iter(changed.values()))
     warn = logging.getLogger(__name__).warning
     if missing:
         warn("the prior does not know %s: neutral start there", ", ".join(missing))
@@ -189,9 +193,8 @@ def load_prior(path: Path) -> Prior:
     try:
         raw = path.read_bytes()
     except OSError as error:
-        raise InputError(
-            f"{path}: cannot read the prior: {error.strerror or error}. Check `search.prior`."
-        ) from error
+        reason = error.strerror or error
+        raise InputError(f"{path}: cannot read the prior: {reason}. Check `search.prior`.") from error
     try:
         schema = _PriorSchema.model_validate_json(raw).number
         if schema > PRIOR_SCHEMA:
@@ -290,8 +293,8 @@ def _kind_of_groups(groups: Sequence[str]) -> str:
     return next((kind for pattern, kind in _NAMES_OF_KINDS if re.fullmatch(pattern, groups[0])), "module")
 
 
-def _refuse_changed(name: str, found: str | None, known: str) -> InputError:
+def _refuse_changed(what: str, found: str | None, known: str) -> InputError:
     return InputError(
-        f"adapter {name!r}: found weights with sha256 {str(found)[:12]}, the prior was learnt on "
+        f"{what}: found weights with sha256 {str(found)[:12]}, the prior was learnt on "
         f"{known[:12]}: set `search.allow_changed_adapters: true` to use it all the same, or {_LEARN_AGAIN}"
     )

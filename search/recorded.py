@@ -202,16 +202,16 @@ def _read_document(path: Path) -> dict[str, Any]:
 def _document_of_trace(path: Path) -> tuple[dict[str, Any], int]:
     """Return a trace's winner in the form of coefficients.json, groups without members; layers in a block."""
     trace = Trace.load(path)
-    compared = [event for event in trace.events if event.get("event") == "finalists"]
-    if not compared:
+    finalists = trace.ending("finalists")
+    if finalists is None:
         raise InputError(
-            f"{path}: found no `finalists` event: the search has no winner yet. "
-            f"Resume it first: python -m search resume {path.parent}"
+            f"{path}: unfinished: found no `finalists` event that stands, expected the search's winner; "
+            f"resume it first: python -m search resume {path.parent}"
         )
     try:
         space = trace.header["config"]["search"]["space"]
         layers_per_block = space["layers_per_block"] if isinstance(space, dict) else 1
-        return _winner_document(path.name, trace.header, compared[-1]), layers_per_block
+        return _winner_document(path.name, trace.header, finalists), layers_per_block
     except (KeyError, TypeError, ValueError, IndexError) as error:
         raise InputError(
             f"{path}: its header or `finalists` event lacks what a merge needs ({error!r}). "

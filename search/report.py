@@ -6,6 +6,7 @@ Knows where the notebook lies, Jupyter's libraries (optional) and HTML; not what
 import html
 import os
 import re
+import socket
 import tempfile
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
@@ -20,6 +21,8 @@ NOTEBOOK = Path(__file__).resolve().parents[1] / "notebooks" / "search_traces.ip
 REPORT_LIBRARIES = "matplotlib", "pandas", "nbformat", "nbclient", "nbconvert", "ipykernel"
 CELL_LIMIT_S = 600
 """A cell that draws dozens of large runs takes minutes; one that hangs must not hang for ever."""
+MAX_FOLDER_BYTES = 70
+"""Of the folder for temporary files: below it come 27 more, and a socket's path has some 100."""
 
 _PAGE = """<!DOCTYPE html>
 <html lang="en">
@@ -96,8 +99,15 @@ def _render_notebook(paths: list[str]) -> str:
         )
     notebook = nbformat.read(NOTEBOOK, as_version=4)  # type: ignore[no-untyped-call]
     _hand_over(notebook, paths)
-    with tempfile.TemporaryDirectory() as folder:
-        _execute_notebook(notebook, Path(folder))
+    try:
+        with tempfile.TemporaryDirectory(dir=_short_folder()) as folder:
+            _try_socket(Path(folder) / "kernel-ipc-0")
+            _execute_notebook(notebook, Path(folder))
+    except OSError as error:
+        raise InputError(
+            f"{NOTEBOOK.name}: no kernel can be started with its files in {tempfile.gettempdir()}: {error}; "
+            "set TMPDIR to a folder of a short path that can be written to"
+        ) from error
     exporter = HTMLExporter(  # type: ignore[no-untyped-call]
         template_name="basic",
         exclude_input=True,
@@ -107,6 +117,18 @@ def _render_notebook(paths: list[str]) -> str:
     )
     body: str = exporter.from_notebook_node(notebook)[0]
     return body
+
+
+def _short_folder() -> str | None:
+    """Return where the kernel's sockets can lie; None for the usual folder of temporary files."""
+    is_long = len(os.fsencode(tempfile.gettempdir())) > MAX_FOLDER_BYTES
+    return "/tmp" if is_long and os.access("/tmp", os.W_OK) else None
+
+
+def _try_socket(path: Path) -> None:
+    """Open a socket as the kernel's (OSError): later it fails halfway, with an error that zmq alone knows."""
+    with socket.socket(socket.AF_UNIX) as attempt:
+        attempt.bind(str(path))
 
 
 def _hand_over(notebook: Any, paths: list[str]) -> None:

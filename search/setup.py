@@ -3,7 +3,9 @@
 Knows settings and the order of these steps; not the search, the clock or what becomes of the winner.
 """
 
-from dataclasses import dataclass
+import logging
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +13,7 @@ import numpy as np
 from search.adapters import load_adapter
 from search.base import LoadedBase, load_base
 from search.config import SearchConfig, config_hash
+from search.errors import InputError
 from search.evaluate import Scoring
 from search.files import sha256_file
 from search.objective import Objective, objective_label
@@ -51,6 +54,7 @@ class Setup:
         return {
             "config": self.config.model_dump(mode="json"),
             "config_sha256": config_hash(self.config),
+            "folder": str(Path.cwd()),
             "seed": self.config.search.seed,
             "objective": objective_label(self.objective),
             "prior": self.prior,
@@ -142,13 +146,26 @@ def _choose_start(config: SearchConfig, parts: Parts) -> tuple[PriorStart, dict[
     neutral = NeutralStart(
         names=parts.names,
         hashes=[adapter.sha256 for adapter in parts.adapters],
+        base_sha256=parts.base.sha256,
         groups=parts.groups.names,
         start=start,
         spread=spread,
     )
     prior = load_prior(path := settings.prior_path)
     first = start_from_prior(prior, neutral, allow_changed=settings.allow_changed_adapters)
+    if settings.space.sign == "non_negative":
+        first = _lift_to_zero(first)
     return first, {"source": str(path), "sha256": sha256_file(path)}
+
+
+def _lift_to_zero(first: PriorStart) -> PriorStart:
+    """Put a start into a space without negative coefficients: it is scored as a reference, and may win."""
+    if n_negative := int((first.start < 0).sum()):
+        logging.getLogger(__name__).warning(
+            "the prior has %d negative coefficients and the space is `sign: non_negative`: 0 there",
+            n_negative,
+        )
+    return replace(first, start=first.start.clip(min=0.0))
 
 
 def _check_optimizer(setup: Setup) -> None:
@@ -158,3 +175,9 @@ def _check_optimizer(setup: Setup) -> None:
     for stage in plan_stages(setup.config, setup.parts.groups, len(setup.parts.names), nobody_weak):
         genome = np.zeros(stage.space.n_params)
         choose_optimizer(settings).make(genome, np.ones_like(genome), settings.max_evaluations, 0)
+    if settings.gradient.inject_every and not choose_optimizer(settings).takes_injections:
+        raise InputError(
+            f"search.gradient.inject_every is {settings.gradient.inject_every}, but optimizer "
+            f"{settings.optimizer!r} with {settings.n_candidates} candidates takes no injected ones; use CMA "
+            "with more candidates, or 0"
+        )

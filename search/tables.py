@@ -211,7 +211,8 @@ def time_table(trace: Trace) -> pd.DataFrame:
     """Return where the wall time went, by phase, in the order of the run.
 
     Columns: `seconds` and `share` (of the run so far). `load and the rest` is what no other phase accounts
-    for: loading, the rehearsal of the merge, the optimiser's own work and writing the trace.
+    for: loading, the rehearsal of the merge, telling the optimiser and writing the trace. Gradient steps that
+    were injected into the population count for their stage; the trace does not tell them apart.
     """
     phases = {name: (trace.last(name) or {}).get("seconds") for name in ("prompts", "signals", "references")}
     for stage in sorted({generation.stage for generation in trace.generations}):
@@ -229,7 +230,8 @@ def prompt_table(trace: Trace) -> pd.DataFrame:
 
     Columns: `expert` that answered it, `spread` (standard deviation over candidates of its mean
     disagreement, in the objective's unit, averaged over generations; NaN where never two were scored on
-    it), `generations` (that know it), `n_scored` (tokens that count) and `text`.
+    it), `generations` (that know it), `n_scored` (tokens that count) and `text`. In a race a prompt of the
+    first block has the spread of all candidates, one of later blocks that of those still in the race.
     """
     prompts = (trace.last("prompts") or {}).get("searched", [])
     spreads = pd.DataFrame([g.prompt_spread for g in trace.generations if len(g.prompt_spread)], dtype=float)
@@ -245,12 +247,8 @@ def prompt_table(trace: Trace) -> pd.DataFrame:
 
 
 def ending_event(trace: Trace, name: str) -> dict[str, Any]:
-    """Return the last event of this name, which belongs to the run's end; empty where there is none.
-
-    What a run wrote of its end is void where it was resumed and has searched on since.
-    """
-    searched = (trace.last("search_ended") or {}).get("generations", len(trace.generations))
-    return (trace.last(name) or {}) if searched == len(trace.generations) else {}
+    """Return the event of the run's end that stands (`Trace.ending`), empty where there is none."""
+    return trace.ending(name) or {}
 
 
 def expert_names(trace: Trace) -> list[str]:

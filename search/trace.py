@@ -173,6 +173,28 @@ class Trace:
         """Return the last event of this name, None where there is none."""
         return next((event for event in reversed(self.events) if event["event"] == name), None)
 
+    def ending(self, name: str) -> dict[str, Any] | None:
+        """Return the last event of this name, of those that a run's end writes; None where it does not stand.
+
+        What a run wrote of its end is void once the search went on: generations follow, or it was resumed
+        after an interrupt. One in the finalists leaves the search's own end, which is not written anew.
+        """
+        searched = (self.last("search_ended") or {}).get("generations")
+        if searched not in (None, len(self.generations)):
+            return None
+        standing, phase = None, None
+        for event in self.events:
+            if event["event"] == name:
+                standing = event
+            elif event["event"] == "interrupt":
+                phase = event.get("phase")
+            elif event["event"] == "resumed":
+                interrupted = phase == "search" or (phase is not None and name != "search_ended")
+                if interrupted or (standing or {}).get("ended_by") == "interrupt":
+                    standing = None
+                phase = None
+        return standing
+
     @classmethod
     def load(cls, path: Path) -> "Trace":
         """Read a trace; a last line that was cut off while written is left out.

@@ -165,7 +165,11 @@ def test_the_error_of_a_cut_is_told_and_only_then():
     assert "leaves out 0.0123 of the sum" in write_card(
         make_document(), base_name="org/base", rank=8, relative_error=0.01234
     )
-    assert "leaves out" not in write_card(make_document(), base_name="org/base", rank=8)
+    worst = write_card(make_document(), base_name="org/base", rank=8, relative_error=0.1, worst=("a_b", 0.25))
+    assert "\nThe module that loses most is a\\_b: 0.25 of its update.\n" in worst
+    card = write_card(make_document(), base_name="org/base", rank=8)
+    assert "leaves out" not in card
+    assert "loses most" not in card
 
 
 def test_it_says_where_everything_is_from_and_claims_no_licence():

@@ -112,6 +112,7 @@ def test_an_update_of_zeros_has_no_error():
     merged = make_adapter(x=(torch.zeros(4, 5), torch.zeros(6, 4)))
     compressed = compress_adapter(merged, 2)
     assert (compressed.relative_error, compressed.errors) == (0.0, {"x": 0.0})
+    assert compressed.worst == ("x", 0.0)
     assert not dense(compressed.merged).any()
 
 

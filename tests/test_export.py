@@ -100,6 +100,7 @@ def test_the_adapter_in_peft_gives_the_logits_of_the_search(case: Case, tmp_path
     assert (tmp_path / "out" / weights).read_bytes() == (case.run / "adapter" / weights).read_bytes()
     assert result.rank == json.loads((tmp_path / "out/adapter_config.json").read_text())["r"]
     assert (result.relative_error, result.modules) == (None, len(case.parts.groups.group_of))
+    assert (result.worst_module, result.worst_error) == (None, None)
     assert result.n_bytes == sum(path.stat().st_size for path in (tmp_path / "out").iterdir())
     assert json.loads(json.dumps(asdict(result)))["output"] == str(tmp_path / "out")
 
@@ -138,14 +139,23 @@ def test_a_smaller_rank_is_near_and_its_error_is_told(llama: Case, tmp_path: Pat
     cut = export_merge(llama.run, tmp_path / "cut", rank=3)
     assert (cut.rank, cut.modules) == (3, exact.modules)
     lost = whole = 0.0
+    errors = {}
     before, after = (load_adapter(str(tmp_path / name)).modules for name in ("exact", "cut"))
     for name in before:
         delta = before[name].B @ before[name].A
-        lost += float((delta - after[name].B @ after[name].A).square().sum())
+        left_out = (delta - after[name].B @ after[name].A).square().sum()
+        lost += float(left_out)
         whole += float(delta.square().sum())
+        errors[name] = float((left_out / delta.square().sum()) ** 0.5)
     assert cut.relative_error == pytest.approx((lost / whole) ** 0.5)
     assert 0 < cut.relative_error < 1
-    assert f"leaves out {cut.relative_error:.3g} of the sum" in (tmp_path / "cut/README.md").read_text()
+    assert cut.worst_module == max(errors, key=errors.__getitem__)
+    assert cut.worst_error == pytest.approx(max(errors.values()))
+    card = (tmp_path / "cut/README.md").read_text()
+    assert f"leaves out {cut.relative_error:.3g} of the sum" in card
+    shown = cut.worst_module.replace("_", "\\_")
+    assert f"The module that loses most is {shown}: {cut.worst_error:.3g} of its update." in card
+    assert names_in(tmp_path / "cut") == names_in(tmp_path / "exact")
 
 
 def test_a_trace_gives_the_same_adapter_as_its_coefficients(llama: Case, tmp_path: Path) -> None:

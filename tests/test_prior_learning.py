@@ -45,6 +45,7 @@ def write_trace(
         "spread": np.broadcast_to(spread, answer.shape),
     }
     finalists = {
+        "prompts": "unseen",
         "names": ["base", winner],
         "losses": [1.0, 0.5],
         "winner": winner,
@@ -219,6 +220,58 @@ def test_a_run_that_its_search_won_is_taken(tmp_path, winner):
 def test_an_unfinished_run_is_to_be_resumed_first(tmp_path, event):
     path = write_trace(tmp_path, **{event: None})
     assert refusal(path) == (f"{path}: unfinished; resume it first: python -m search resume {path.parent}")
+
+
+def go_on(path, *events):
+    """Write more into a trace that ended."""
+    with TraceWriter(path, n_kept_bytes=path.stat().st_size) as trace:
+        for name, content in events:
+            trace.event(name, **content)
+
+
+INTERRUPTED_ENDS = {
+    "in the search": ({"ended_by": "interrupt"}, [("interrupt", {"phase": "search"}), ("resumed", {})]),
+    "in the finalists": ({}, [("interrupt", {"phase": "finalists"}), ("resumed", {})]),
+}
+
+
+@pytest.mark.parametrize(("ended", "events"), INTERRUPTED_ENDS.values(), ids=INTERRUPTED_ENDS.keys())
+def test_an_interrupted_run_that_was_resumed_and_cut_is_unfinished(tmp_path, ended, events):
+    path = write_trace(tmp_path, ended=ended)
+    go_on(path, *events)
+    assert refusal(path) == (f"{path}: unfinished; resume it first: python -m search resume {path.parent}")
+
+
+def test_of_a_run_that_was_resumed_to_its_end_the_new_winner_is_taken(tmp_path):
+    path = write_trace(tmp_path, np.zeros((2, 2)), ended={"ended_by": "interrupt"})
+    go_on(path, ("interrupt", {"phase": "search"}), ("resumed", {}))
+    last = write_trace(tmp_path)
+    with path.open("a") as file:
+        file.writelines(last.read_text().splitlines(keepends=True)[1:])
+    np.testing.assert_allclose(learn_prior([path]).start, ANSWER)
+
+
+LEFT_OUT = {
+    "an interrupted search": (
+        {"ended": {"ended_by": "interrupt"}},
+        "its search was interrupted; to use it: py",
+    ),
+    "a winner on searched prompts": (
+        {"finalists": {"prompts": "searched"}},
+        "its winner was compared on searched prompts only, not on unseen ones",
+    ),
+}
+
+
+@pytest.mark.parametrize(("changes", "reason"), LEFT_OUT.values(), ids=LEFT_OUT.keys())
+def test_a_winner_that_is_no_answer_is_left_out_with_the_reason(tmp_path, caplog, changes, reason):
+    no_answer, kept = write_trace(tmp_path, np.zeros((2, 2)), **changes), write_trace(tmp_path)
+    with caplog.at_level(logging.WARNING):
+        prior = learn_prior([no_answer, kept])
+    np.testing.assert_allclose(prior.start, ANSWER)
+    (record,) = caplog.records
+    assert f"{no_answer}: left out of the prior: {reason}" in record.getMessage()
+    assert "none of 1 traces has a winner that its search found and compared on uns" in refusal(no_answer)
 
 
 def test_no_trace_at_all_is_refused():

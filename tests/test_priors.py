@@ -2,6 +2,8 @@
 
 import json
 import logging
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,7 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from search.adapters import load_adapter
+from search.base import hash_weights
+from search.config import load_config
 from search.errors import InputError
+from search.groups import group_modules
+from search.planning import finest_grouping
 from search.priors import (
     PRIOR_SCHEMA,
     NeutralStart,
@@ -22,6 +29,7 @@ from search.priors import (
     save_prior,
     start_from_prior,
 )
+from tests.test_layers import ROOT
 
 GROUPS = ("layer.0", "layer.1")
 RUN = PriorRun(
@@ -52,10 +60,15 @@ def make_prior(start=None, spread=None, groups=GROUPS):
     )
 
 
-def make_neutral(names, hashes, groups=GROUPS):
+def make_neutral(names, hashes, groups=GROUPS, base_sha256="8" * 64):
     shape = len(groups), len(names)
     return NeutralStart(
-        names=names, hashes=hashes, groups=groups, start=np.full(shape, -7.0), spread=np.full(shape, 9.0)
+        names=names,
+        hashes=hashes,
+        base_sha256=base_sha256,
+        groups=groups,
+        start=np.full(shape, -7.0),
+        spread=np.full(shape, 9.0),
     )
 
 
@@ -232,7 +245,58 @@ def test_other_weights_under_a_known_name_are_refused_unless_allowed(caplog, sha
         taken = start_from_prior(prior, neutral, allow_changed=True)
     np.testing.assert_array_equal(taken.start, prior.start[:, :2])
     assert taken.missing == ()
-    assert "other weights of b" in caplog.text
+    assert "other weights of b;" in caplog.text
+
+
+def test_another_base_is_refused_unless_allowed(caplog):
+    prior = replace(make_prior(), base=PriorBase("org/base", "7" * 64))
+    neutral = make_neutral(["a", "x"], ["1" * 64, "2" * 64])
+    message = refusal(start_from_prior, prior, neutral, allow_changed=False)
+    assert message == (
+        f"base: found weights with sha256 {'8' * 12}, the prior was learnt on {'7' * 12}: set "
+        "`search.allow_changed_adapters: true` to use it all the same, or learn it again with "
+        "`python -m search priors`"
+    )
+    with caplog.at_level(logging.WARNING):
+        taken = start_from_prior(prior, neutral, allow_changed=True)
+    np.testing.assert_array_equal(taken.start, prior.start[:, :2])
+    assert [r.getMessage() for r in caplog.records] == [
+        "the prior was learnt on other weights of base; used all the same"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("learnt", "searched"), [(None, "8" * 64), ("7" * 64, None), (None, None), ("8" * 64, "8" * 64)]
+)
+def test_the_same_base_or_one_without_hash_is_taken(caplog, learnt, searched):
+    prior = replace(make_prior(), base=PriorBase("org/base", learnt))
+    neutral = make_neutral(["a"], ["1" * 64], base_sha256=searched)
+    start_from_prior(prior, neutral, allow_changed=False)
+    assert not caplog.records
+
+
+SHIPPED_PRIORS = sorted((ROOT / "configs" / "priors").glob("*.json"))
+
+
+def test_a_prior_is_shipped():
+    assert SHIPPED_PRIORS
+
+
+@pytest.mark.parametrize("path", SHIPPED_PRIORS, ids=lambda path: path.name)
+def test_a_shipped_prior_fits_the_demo_with_nothing_missing(path):
+    config = load_config(ROOT / "configs" / "demo.yaml")
+    adapters = [load_adapter(a.source, name=a.name) for a in config.adapters]
+    space = config.search.space
+    modules = {module for adapter in adapters for module in adapter.modules}
+    groups = group_modules(modules, finest_grouping(config.search), space.layers_per_block).names
+    hashes = [adapter.sha256 for adapter in adapters]
+    neutral = make_neutral([a.name for a in adapters], hashes, groups, hash_weights(Path(config.base.source)))
+    prior = load_prior(path)
+    taken = start_from_prior(prior, neutral, allow_changed=False)
+    assert taken.missing == ()
+    assert prior.base.sha256 == neutral.base_sha256
+    assert np.isfinite(taken.start).all()
+    assert (taken.spread > 0).all()
 
 
 KINDS = {

@@ -196,6 +196,20 @@ def test_a_search_without_a_winner_is_refused_with_the_way_to_one(adapters, tmp_
         read_merge(path)
 
 
+def test_the_winner_of_an_interrupted_search_stands_until_it_is_resumed(adapters, tmp_path):
+    path = write_trace(
+        tmp_path / "t.jsonl", adapters, groups=["a", "b"], space="layer", coefficients=COEFFICIENTS
+    )
+    with TraceWriter(path, n_kept_bytes=path.stat().st_size) as trace:
+        trace.event("interrupt", phase="search")
+    assert read_merge(path).merge.coefficients == COEFFICIENTS.tolist()
+    with TraceWriter(path, n_kept_bytes=path.stat().st_size) as trace:
+        trace.event("resumed")
+    with pytest.raises(InputError, match=r"t\.jsonl: unfinished: .*python -m search resume") as refusal:
+        read_merge(path)
+    assert "\n" not in str(refusal.value)
+
+
 def test_a_winner_that_is_not_finite_is_refused(adapters, tmp_path):
     table = COEFFICIENTS.copy()
     table[1, 2] = np.nan

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import re
 import sys
+import tempfile
 
 import nbformat
 import pytest
@@ -117,6 +118,38 @@ def test_a_cell_that_fails_is_one_line_with_its_line_and_leaves_no_file(trace_fi
 def test_a_kernel_that_dies_is_told(trace_file, notebook, tmp_path):
     notebook("TRACES = []", "import os; os._exit(1)")
     with pytest.raises(InputError, match=r"^short.ipynb could not be run: Kernel died$"):
+        write_report([trace_file], tmp_path / "report.html")
+
+
+@pytest.fixture
+def long_folder(tmp_path, monkeypatch):
+    """A folder for temporary files whose path leaves no room for a socket's name."""
+    folder = tmp_path / ("long" * 25)
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    return folder
+
+
+def test_a_long_folder_for_temporary_files_is_no_hindrance(trace_file, notebook, tmp_path, long_folder):
+    notebook("TRACES = []", "print(6 * 7)")
+    write_report([trace_file], tmp_path / "report.html")
+    assert "42" in (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert not list(long_folder.iterdir())
+
+
+def test_a_folder_that_takes_no_socket_is_one_line_with_the_way_out(
+    trace_file, notebook, tmp_path, long_folder, monkeypatch
+):
+    notebook("TRACES = []")
+    monkeypatch.setattr(report, "_short_folder", lambda: None)
+    with pytest.raises(InputError) as caught:
+        write_report([trace_file], tmp_path / "report.html")
+    assert str(caught.value) == (
+        f"short.ipynb: no kernel can be started with its files in {long_folder}: AF_UNIX path too long; "
+        "set TMPDIR to a folder of a short path that can be written to"
+    )
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "gone"))
+    with pytest.raises(InputError, match=r"in .*gone: .*No such file.*; set TMPDIR to a folder"):
         write_report([trace_file], tmp_path / "report.html")
 
 

@@ -41,7 +41,7 @@ def configured(zoo, *overrides):
     return load_config(zoo, ["device=cpu", *overrides])
 
 
-def write_prior(path, adapters, start, spread=0.1):
+def write_prior(path, adapters, start, spread=0.1, base_sha256=None):
     """A prior of one run; `adapters` are (name, sha256)."""
     table = np.full((2, len(adapters)), 0.0) + start
     run = PriorRun(
@@ -63,7 +63,7 @@ def write_prior(path, adapters, start, spread=0.1):
         start=table,
         spread=np.full(table.shape, spread),
         runs=(run,),
-        base=PriorBase("base", None),
+        base=PriorBase("base", base_sha256),
         provenance=PriorProvenance(None, {"numpy": "2"}),
     )
     save_prior(prior, path)
@@ -100,6 +100,31 @@ def test_a_prior_of_other_weights_under_the_same_name_is_refused_unless_allowed(
     assert "\n" not in str(caught.value)
     allowed = setup(f"search.prior={path}", "search.allow_changed_adapters=true")
     np.testing.assert_array_equal(allowed.first.start, [[0.7, 0.3, 0.3]] * 2)
+
+
+def test_a_prior_of_another_base_is_refused_unless_allowed(zoo, base, setup, tmp_path):
+    known = [("expert-0", hash_of(zoo, "expert-0"))]
+    path = write_prior(tmp_path / "prior.json", known, 0.7, base_sha256="9" * 64)
+    with pytest.raises(InputError, match=rf"^base: found weights .* {base.sha256[:12]}, .* {'9' * 12}: set"):
+        setup(f"search.prior={path}")
+    allowed = setup(f"search.prior={path}", "search.allow_changed_adapters=true")
+    np.testing.assert_array_equal(allowed.first.start[:, 0], [0.7, 0.7])
+    same = write_prior(tmp_path / "same.json", known, 0.7, base_sha256=base.sha256)
+    assert setup(f"search.prior={same}").first.missing == ("expert-1", "expert-2")
+
+
+@pytest.mark.parametrize("scale", ["plain", "log"])
+def test_a_prior_starts_within_a_space_without_negative_coefficients(zoo, setup, tmp_path, caplog, scale):
+    known = [(name, hash_of(zoo, name)) for name in ("expert-0", "expert-1")]
+    path = write_prior(tmp_path / "prior.json", known, [0.7, -0.4])
+    np.testing.assert_array_equal(setup(f"search.prior={path}").first.start, [[0.7, -0.4, 0.3]] * 2)
+    caplog.clear()
+    loaded = setup(f"search.prior={path}", "search.space.sign=non_negative", f"search.space.scale={scale}")
+    np.testing.assert_array_equal(loaded.first.start, [[0.7, 0.0, 0.3]] * 2)
+    assert "the prior has 2 negative coefficients" in caplog.text
+    (stage,) = loaded.plan(type("Measured", (), {"bounds": confine_weak(np.zeros(3, dtype=bool))}))
+    genome, _ = stage.space.encode(loaded.first.start, loaded.first.spread)
+    assert np.isfinite(genome).all()
 
 
 def test_a_file_that_is_no_prior_is_named(setup, tmp_path):

@@ -11,8 +11,11 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from search.errors import InputError
+from search.resume import Record
 from search.trace import SCHEMA, Generation, Trace, TraceWriter, event_key
 
 HEADER = {"config": {"seed": 0, "skeletons": ("a", "b")}, "versions": {"torch": "2"}}
@@ -201,6 +204,88 @@ def test_of_equal_events_the_last_one_is_found(path):
     trace = Trace.load(path)
     assert trace.last("finalists")["name"] == "other"
     assert trace.last("merged") is None
+
+
+END = (
+    ("search_ended", {"generations": 2, "ended_by": "evaluations"}),
+    ("finalists", {"winner": "old"}),
+    ("merged", {"ended_by": "evaluations"}),
+)
+INTERRUPTED = (
+    ("search_ended", {"generations": 2, "ended_by": "interrupt"}),
+    ("interrupt", {"phase": "search"}),
+    ("finalists", {"winner": "old"}),
+    ("merged", {"ended_by": "interrupt"}),
+)
+
+
+def load_with(path, events):
+    """The trace, of two generations, with these events behind; the fixture's own is no end."""
+    with TraceWriter(path, n_kept_bytes=path.stat().st_size) as trace:
+        for name, content in events:
+            trace.event(name, **content)
+    trace = Trace.load(path)
+    return Trace(trace.header, trace.generations, trace.events[1:])
+
+
+@pytest.mark.parametrize("events", [END, INTERRUPTED, (*END, ("resumed", {}))])
+def test_an_end_stands_that_nothing_went_on_after(path, events):
+    trace = load_with(path, events)
+    for name in ("search_ended", "finalists", "merged"):
+        assert trace.ending(name) == trace.last(name)
+        assert trace.ending(name) is not None
+    assert trace.ending("refined") is None
+
+
+def test_an_end_is_void_as_soon_as_an_interrupted_run_is_resumed(path):
+    trace = load_with(path, [*INTERRUPTED, ("resumed", {})])
+    assert [trace.ending(name) for name in ("search_ended", "finalists", "merged")] == [None] * 3
+
+
+def test_an_old_comparison_is_void_though_the_resumed_search_has_ended(path):
+    ended = ("search_ended", {"generations": 2, "ended_by": "evaluations"})
+    trace = load_with(path, [*INTERRUPTED, ("resumed", {}), ended])
+    assert trace.ending("search_ended")["ended_by"] == "evaluations"
+    assert trace.ending("finalists") is None
+    again = load_with(path, [("finalists", {"winner": "new"})])
+    assert again.ending("finalists")["winner"] == "new"
+
+
+def test_an_interrupt_in_the_finalists_leaves_the_end_of_the_search(path):
+    searched, *rest = END
+    trace = load_with(path, [searched, ("interrupt", {"phase": "finalists"}), *rest, ("resumed", {})])
+    assert trace.ending("search_ended")["generations"] == 2
+    assert trace.ending("finalists") is None
+
+
+def test_an_end_is_void_once_generations_follow(path):
+    with TraceWriter(path, n_kept_bytes=path.stat().st_size) as trace:
+        trace.event("search_ended", generations=2)
+        trace.event("finalists", winner="old")
+        trace.generation(make_generation(2))
+    assert Trace.load(path).last("finalists")["winner"] == "old"
+    assert Trace.load(path).ending("finalists") is None
+
+
+HAPPENINGS = st.sampled_from(
+    [
+        {"event": "interrupt", "phase": "search"},
+        {"event": "interrupt", "phase": "finalists"},
+        {"event": "resumed"},
+        *({"event": "search_ended", "ended_by": why} for why in ("clock", "interrupt")),
+        {"event": "refined"},
+        {"event": "finalists"},
+        *({"event": "merged", "ended_by": why} for why in ("clock", "interrupt")),
+    ]
+)
+
+
+@given(st.lists(HAPPENINGS, max_size=8))
+def test_what_stands_of_an_end_is_what_a_resumed_run_would_keep(happenings):
+    events = [{**event, "place": place} for place, event in enumerate([*happenings, {"event": "resumed"}])]
+    trace = Trace({}, [], events)
+    for name in ("search_ended", "refined", "finalists", "merged"):
+        assert trace.ending(name) == Record(trace).event(name)
 
 
 def test_a_generation_of_the_first_version_loads(path):
