@@ -6,6 +6,7 @@ Knows parts, coefficients and file names; not how the coefficients were found.
 import logging
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,16 @@ from search.space import FloatArray
 
 METHOD = "concord"
 ADAPTER_FOLDER = "adapter"
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """What cutting an adapter to a smaller rank cost, as relative errors of its update."""
+
+    relative_error: float
+    """Of all modules together."""
+    worst: tuple[str, float]
+    """The module that it cost most, and its error."""
 
 
 def merge_parts(parts: Parts, coefficients: FloatArray, base_name: str) -> MergedAdapter:
@@ -63,25 +74,27 @@ def deliver_merge(
 
 
 def deliver_adapter(
-    merged: MergedAdapter, document: dict[str, Any], folder: Path, relative_error: float | None = None
+    merged: MergedAdapter, document: dict[str, Any], folder: Path, cut: Cut | None = None
 ) -> None:
     """Write an adapter with its card and coefficients, and say what vLLM needs to take it.
 
     Args:
         document: the content of coefficients.json.
-        relative_error: of the cut to a smaller rank, where there was one.
+        cut: what a smaller rank cost, where there was one.
 
     Raises:
         InputError: if it cannot be written.
     """
     rank, base_name = merged.config["r"], merged.config["base_model_name_or_path"]
-    card = write_card(document, base_name=base_name, rank=rank, relative_error=relative_error)
+    error, worst = (cut.relative_error, cut.worst) if cut else (None, None)
+    card = write_card(document, base_name=base_name, rank=rank, relative_error=error, worst=worst)
     write_adapter(merged, folder, Papers(card, document))
     allowed = vllm_rank(rank)
     logger = logging.getLogger(__name__)
     if allowed is None:
         largest = VLLM_RANKS[-1]
-        cut = f"python -m search merge {folder / COEFFICIENTS_FILE} -o DIR --rank {largest}"
-        logger.warning("%s: rank %d is more than vLLM takes (%d). For vLLM: %s", folder, rank, largest, cut)
+        command = f"python -m search merge {folder / COEFFICIENTS_FILE} -o DIR --rank {largest}"
+        told = folder, rank, largest, command
+        logger.warning("%s: rank %d is more than vLLM takes (%d). For vLLM: %s", *told)
     elif allowed > VLLM_DEFAULT_RANK:
         logger.info("%s: rank %d; serve it with vllm serve ... --max-lora-rank %d", folder, rank, allowed)

@@ -14,11 +14,10 @@ from transformers import AutoTokenizer, GenerationConfig
 
 from search.adapters import Adapter, check_adapter, load_adapter
 from search.base import LoadedBase, choose_dtype, load_base, load_shapes
-from search.card import CARD_FILE, write_card
-from search.compress import Compressed, compress_adapter
-from search.delivery import deliver_adapter
+from search.card import write_card
+from search.compress import compress_adapter
+from search.delivery import Cut, deliver_adapter
 from search.errors import InputError
-from search.files import atomic_write
 from search.groups import Groups
 from search.merge import Papers, fold_adapters, merge_adapters, refuse_strangers, replace_folder, write_papers
 from search.recorded import (
@@ -156,10 +155,8 @@ def _export_adapter(loaded: _Loaded, output: Path, rank: int | None, dtype: str)
         else torch.promote_types(target, torch.float32),  # rounded once, at the end
     )
     cut = None if rank is None else compress_adapter(merged, rank, dtype=target)
-    if cut is None:
-        deliver_adapter(merged, loaded.document, output)
-    else:
-        _deliver_cut(cut, loaded, output)
+    told = Cut(cut.relative_error, cut.worst) if cut else None
+    deliver_adapter(cut.merged if cut else merged, loaded.document, output, told)
     return ExportResult(
         output=str(output),
         rank=(cut.merged if cut else merged).config["r"],
@@ -169,20 +166,6 @@ def _export_adapter(loaded: _Loaded, output: Path, rank: int | None, dtype: str)
         worst_error=cut.worst[1] if cut else None,
         n_bytes=_count_bytes(output),
     )
-
-
-def _deliver_cut(cut: Compressed, loaded: _Loaded, folder: Path) -> None:
-    """Deliver an adapter of smaller rank, with the module that it costs most in its card."""
-    deliver_adapter(cut.merged, loaded.document, folder, cut.relative_error)
-    card = write_card(
-        loaded.document,
-        base_name=loaded.merge.base_name,
-        rank=cut.merged.config["r"],
-        relative_error=cut.relative_error,
-        worst=cut.worst,
-    )
-    with atomic_write(folder / CARD_FILE) as temporary:
-        temporary.write_text(card, encoding="utf-8", errors="replace")
 
 
 def _adapter_dtype(adapters: tuple[Adapter, ...], dtype: str) -> torch.dtype:

@@ -109,7 +109,7 @@ class SearchSettings(ConfigSection):
     prior: str | None = None
     """File of `python -m search priors`, to start from."""
     allow_changed_adapters: bool = False
-    """Take a prior's coefficients for an adapter of the same name and other weights too."""
+    """Take a prior's coefficients for other weights under the same name, and from another base, too."""
     start: float = 0.3
     """Every coefficient's first value."""
     sigma: Positive = 0.15
