@@ -80,6 +80,7 @@ def test_it_writes_merge_record_and_answers_and_says_what_ended_the_search(job, 
         "test.csv",
         *(f"my_merge/{name}" for name in ("safetensor.pt", "coefficients.json", "trace.jsonl")),
         *(f"my_merge/adapter/adapter_{name}" for name in ("config.json", "model.safetensors")),
+        *(f"my_merge/adapter/{name}" for name in ("README.md", "coefficients.json")),
     }
     assert len((job / "watched/test.csv").read_text().splitlines()) >= N_QUERIES + 1
     assert watched.stdout.splitlines()[-1].endswith(" s, search ended by evaluations")

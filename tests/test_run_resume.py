@@ -45,7 +45,7 @@ def base(zoo):
 @pytest.fixture(autouse=True)
 def _clean_checkout(monkeypatch):
     """The commit is the same for all runs, whatever happens to the files beside."""
-    for module in ("run", "setup"):
+    for module in ("phases", "setup"):
         monkeypatch.setattr(f"search.{module}.checkout_commit", lambda: "1" * 40)
 
 
@@ -61,7 +61,7 @@ def whole(config, base, tmp_path_factory):
     """The folder of a run that was never stopped."""
     output = tmp_path_factory.mktemp("whole")
     with pytest.MonkeyPatch.context() as patch:
-        for module in ("run", "setup"):
+        for module in ("phases", "setup"):
             patch.setattr(f"search.{module}.checkout_commit", lambda: "1" * 40)
         run_search(config, output=output, base=base)
     return output
