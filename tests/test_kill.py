@@ -7,7 +7,10 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -62,8 +65,8 @@ def zoo(tmp_path_factory):
     return save_toy_zoo(tmp_path_factory.mktemp("zoo"))
 
 
-@pytest.fixture(scope="module")
-def server(zoo, tmp_path_factory):
+@contextmanager
+def serve(zoo, log):
     base = yaml.safe_load(zoo.read_text())["base"]
     base_folder = zoo.parent / (base if isinstance(base, str) else base["source"])
     command = [sys.executable, "-W", "ignore", "-m", "tests.fork_server", str(base_folder)]
@@ -71,9 +74,22 @@ def server(zoo, tmp_path_factory):
     process = subprocess.Popen(
         command, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
-    yield Server(process, tmp_path_factory.mktemp("log") / "log.txt")
+    yield Server(process, log)
     process.stdin.close()
     process.wait()
+
+
+@pytest.fixture(scope="module")
+def servers(zoo, tmp_path_factory):
+    """Two, since there are two cores."""
+    logs = tmp_path_factory.mktemp("log")
+    with serve(zoo, logs / "one.txt") as one, serve(zoo, logs / "two.txt") as two:
+        yield one, two
+
+
+@pytest.fixture(scope="module")
+def server(servers):
+    return servers[0]
 
 
 @pytest.fixture(scope="module")
@@ -147,7 +163,18 @@ def disturb(server, whole, output, rng):
     return "; ".join(story), n_done > 0
 
 
-def check_moments(server, whole, folder, moments):
+def check_moments(servers, whole, folder, moments):
+    half = len(moments) // 2
+    with ThreadPoolExecutor(2) as pool:
+        tried = pool.map(partial(try_moments, whole, folder), servers, (moments[:half], moments[half:]))
+        n_equal, n_in_search = np.sum(list(tried), axis=0)
+    sys.stdout.write(f"{n_equal} of {len(moments)} equal\n")
+    assert n_equal == len(moments)
+    assert n_in_search >= len(moments) / 4, "hardly any kill hit the search: nothing was shown"
+
+
+def try_moments(whole, folder, server, moments):
+    """Return how many ended as if undisturbed, and how many were killed while they searched."""
     expected_lines, expected_results = read_lines(whole[1]), read_results(whole[1])
     n_equal = n_in_search = 0
     for moment in moments:
@@ -156,13 +183,11 @@ def check_moments(server, whole, folder, moments):
         same = read_lines(output) == expected_lines and read_results(output) == expected_results
         n_equal, n_in_search = n_equal + same, n_in_search + was_in_search
         sys.stdout.write(f"moment {moment:2}: {'equal' if same else 'DIFFERENT'}: {story}\n")
-    sys.stdout.write(f"{n_equal} of {len(moments)} equal\n")
-    assert n_equal == len(moments)
-    assert n_in_search >= len(moments) / 4, "hardly any kill hit the search: nothing was shown"
+    return n_equal, n_in_search
 
 
-def test_a_killed_search_goes_on_as_if_nothing_had_happened(server, whole, tmp_path):
-    check_moments(server, whole, tmp_path, range(N_MOMENTS))
+def test_a_killed_search_goes_on_as_if_nothing_had_happened(servers, whole, tmp_path):
+    check_moments(servers, whole, tmp_path, range(N_MOMENTS))
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -184,5 +209,5 @@ def test_a_signal_merges_the_best_so_far_and_the_search_can_go_on(server, whole,
 
 
 @pytest.mark.slow
-def test_fifty_more_kills(server, whole, tmp_path):
-    check_moments(server, whole, tmp_path, range(100, 100 + N_MOMENTS_SLOW))
+def test_fifty_more_kills(servers, whole, tmp_path):
+    check_moments(servers, whole, tmp_path, range(100, 100 + N_MOMENTS_SLOW))
