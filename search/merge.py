@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import sha256
@@ -79,7 +79,7 @@ def merge_adapters(
     """
     table = check_coefficients(coefficients, groups, len(adapters))
     merged = {}
-    for name in _touched_modules(adapters):
+    for name in touched_modules(adapters):
         module = _mix_module(name, adapters, table[groups.group_of[name]])
         if module is not None:
             merged[name] = module.A, module.B
@@ -98,7 +98,8 @@ def pack_adapter(
     return MergedAdapter(tensors, _peft_config(ranks, base_name))
 
 
-def _touched_modules(adapters: Sequence[Adapter]) -> list[str]:
+def touched_modules(adapters: Sequence[Adapter]) -> list[str]:
+    """Return the modules that any adapter changes, in the order in which they are first met."""
     return list(dict.fromkeys(name for adapter in adapters for name in adapter.modules))
 
 
@@ -242,26 +243,42 @@ def refuse_strangers(folder: Path) -> None:
 def fold_adapters(
     model: nn.Module, adapters: Sequence[Adapter], coefficients: ArrayLike, groups: Groups
 ) -> None:
-    """Add the merge to the model's own weights in place: W += delta, in float32 at least, rounded once.
-
-    A weight that another module shares (an output layer tied to the embeddings) is given its own copy first.
+    """Add the merge to the model's own weights in place, exactly, as `fold_updates` does.
 
     Args:
         coefficients: (n_groups, n_adapters).
     """
     table = check_coefficients(coefficients, groups, len(adapters))
     layers = dict(model.named_modules())
+
+    def mix() -> Iterator[tuple[str, Tensor]]:
+        for name in touched_modules(adapters):
+            device = layers[name].weight.device
+            module = _mix_module(name, adapters, table[groups.group_of[name]], device)
+            if module is not None:
+                yield name, module.B @ module.A
+
+    fold_updates(model, mix())
+
+
+def fold_updates(model: nn.Module, updates: Iterable[tuple[str, Tensor]]) -> None:
+    """Add an update to each named module's weight in place: W += update, in float32 at least, rounded once.
+
+    A weight that another module shares (an output layer tied to the embeddings) is given its own copy first.
+
+    Args:
+        updates: module name and its update (d_out, d_in), each used before the next is asked for.
+    """
+    layers = dict(model.named_modules())
     uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
-    for name in _touched_modules(adapters):
+    for name, update in updates:
         layer = layers[name]
         weight = layer.weight
-        module = _mix_module(name, adapters, table[groups.group_of[name]], weight.device)
-        if module is None:
-            continue
         if uses[id(weight)] > 1:
             weight = layer.weight = nn.Parameter(weight.detach().clone(), weight.requires_grad)
             config: Any = model.config
             config.tie_word_embeddings = False
-        delta = module.B @ module.A  # (d_out, d_in)
+        wide = at_least_float32(torch.promote_types(weight.dtype, update.dtype))
+        delta = update.to(weight.device, wide)
         with torch.no_grad():
-            weight.copy_(weight.to(delta.dtype) + (delta.T if isinstance(layer, Conv1D) else delta))
+            weight.copy_(weight.to(wide) + (delta.T if isinstance(layer, Conv1D) else delta))

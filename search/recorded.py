@@ -125,7 +125,7 @@ def coefficients_document(
         "schema": COEFFICIENTS_SCHEMA,
         "method": record.method,
         "base": record.base,
-        "adapters": [_describe_adapter(adapter) for adapter in adapters],
+        "adapters": [describe_adapter(adapter) for adapter in adapters],
         "groups": members,
         "coefficients": table.tolist(),
         "objective": record.objective,
@@ -133,8 +133,8 @@ def coefficients_document(
     }
 
 
-def _describe_adapter(adapter: Adapter) -> dict[str, Any]:
-    """Ranks and scalings are lists: the distinct values over its modules."""
+def describe_adapter(adapter: Adapter) -> dict[str, Any]:
+    """Say which weights an adapter is; rank and scaling list the distinct values over its modules."""
     return {
         "name": adapter.name,
         "id": adapter.source,

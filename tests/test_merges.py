@@ -222,5 +222,8 @@ def test_the_competitions_configuration_names_its_adapters():
 
 
 def test_methods_are_named_as_on_the_command_line():
-    assert sorted(METHODS.items()) == [("my_merge", MyMerge), ("uniform_average", UniformAverage)]
+    assert METHODS["my_merge"] is MyMerge
+    assert METHODS["uniform_average"] is UniformAverage
+    assert all(issubclass(method, Merges) and method.__doc__ for method in METHODS.values())
+    assert len(set(METHODS.values())) == len(METHODS)
     assert len((ROOT / "llm_merging/merging/MyMerge.py").read_text().splitlines()) < 80

@@ -20,6 +20,7 @@ from search.base import LoadedBase, choose_device, load_base, load_shapes, load_
 from search.config import SearchConfig, load_config
 from search.errors import InputError
 from search.files import atomic_write
+from search.parts import identify_base
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 COMPETITION_CONFIG = REPOSITORY / "configs" / "mistral-7b.yaml"
@@ -130,6 +131,20 @@ class Merges:
             load_adapter(a.source, revision=a.revision, name=a.name, allow_pickle=a.allow_pickle)
             for a in self.config.adapters
         ]
+
+    def _load_everything(self) -> list[Adapter]:
+        """Load base, tokenizer and adapters; an adapter that does not fit the base is an InputError."""
+        self._load_base_model()
+        self._load_tokenizer()
+        adapters = self._load_adapters()
+        for adapter in adapters:
+            check_adapter(adapter, self.base_model, self.config.base.name)
+        return adapters
+
+    def _identify_base(self) -> dict[str, str | None]:
+        """Say which base weights these are, as coefficients.json records it."""
+        identity = identify_base(self.loaded_base) if self.loaded_base else {}
+        return {**identity, "name": self.config.base.name}
 
     def _load_base_model(self) -> None:
         """Load the base model once, in eval mode on `device`."""
