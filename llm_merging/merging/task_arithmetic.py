@@ -20,7 +20,13 @@ from search.recorded import COEFFICIENTS_FILE, MergeRecord, coefficients_documen
 
 
 class TaskArithmetic(UpdateMerge):
-    """base + scale * sum_i s_i B_i A_i."""
+    """base + scale * sum_i s_i B_i A_i.
+
+    Ilharco et al. 2022 (arXiv:2212.04089), section 2: the sum of task vectors, times one scale. The paper
+    picks the scale on held-out labels. Where there are none, 0.3 is what later comparisons take: AdaMerging
+    (Yang et al. 2023, arXiv:2310.02575) as its baseline and start, FusionBench as its default; the code of
+    TIES has 0.4. 1 is right for one adapter only, and 1/n is the uniform average.
+    """
 
     scale = 0.3
 
