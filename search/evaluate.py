@@ -4,7 +4,7 @@ Knows models, prompts, signals and objectives; not who proposes candidates, whic
 more prompts, or when to stop.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
-from transformers.pytorch_utils import Conv1D
 
 from search.errors import InputError
 from search.experts import ExpertSignals, TokenBudget, default_token_budget, scored_logp
@@ -27,7 +26,7 @@ from search.objective import (
     objective_label,
     sum_by_index,
 )
-from search.population import population
+from search.population import folded_weights, population
 from search.prompts import PromptSet
 from search.racing import BlockScores
 from search.space import FloatArray
@@ -144,6 +143,16 @@ class PopulationEvaluator:
         scored = self.score_blocks(coefficients, range(self.n_blocks))
         losses, per_expert = self.combine(scored.sums, scored.counts)
         return Scores(losses, per_expert, scored.n_tokens, scored.peak_bytes)
+
+    @torch.no_grad()
+    def score_updates(self, updates: Mapping[str, Tensor]) -> Scores:
+        """Score one merge on all prompts, given as updates (d_out, d_in) of modules: it may be no mixture."""
+        sums = torch.empty(1, len(self._expert), device=self._model.device, dtype=torch.float64)
+        folded_logp = partial(self._folded_logp, folded_weights(self._model, updates.items()))
+        self._fill(sums, self._scoring.objective, range(len(self._expert)), folded_logp)
+        per_expert = sum_by_index(sums, self._expert, self._prompts.n_experts).numpy()
+        n_tokens, peak_bytes = self._prompts.n_tokens, _peak_bytes(self._model.device)
+        return Scores(*self.combine(per_expert, self._counts.numpy()), n_tokens, peak_bytes)
 
     def agreement(self, coefficients: FloatArray) -> FloatArray:
         """Return the share (n_experts,) of an expert's prompts where a merge has its top token throughout.
@@ -277,12 +286,11 @@ def _assign_blocks(prompts: PromptSet) -> tuple[NDArray[np.int64], int]:
 
 def _fold(model: Any, stacked: StackedFactors, mixture: Tensor, groups: Groups) -> dict[str, Tensor]:
     """Return the weights, by name, of the model with the mixture (n_groups, n_adapters) added to its own."""
-    weights = {}
-    for name, module in stacked.modules.items():
-        layer = model.get_submodule(name)
-        delta = delta_weight(module, mixture[groups.group_of[name]])  # (d_out, d_in)
-        weights[f"{name}.weight"] = layer.weight + (delta.T if isinstance(layer, Conv1D) else delta)
-    return weights
+    mixed = (
+        (name, delta_weight(module, mixture[groups.group_of[name]]))
+        for name, module in stacked.modules.items()
+    )
+    return folded_weights(model, mixed)
 
 
 def _peak_bytes(device: torch.device) -> int | None:

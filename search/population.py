@@ -3,11 +3,12 @@
 Knows stacks, groups and modules by name; not prompts, losses or candidates.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from search.groups import Groups
 from search.stack import StackedFactors, StackedModule, at_least_float32, mix_hidden
@@ -80,3 +81,16 @@ def _make_hook(name: str, module: StackedModule, c: Tensor, idle: bool) -> Hook:
         return None
 
     return add_delta
+
+
+def folded_weights(model: nn.Module, updates: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    """Return weights by name, for `functional_call`: each named module's own plus an update (d_out, d_in).
+
+    What every row shares costs less so, where a forward pass costs by the token (on a CPU).
+    """
+    weights = {}
+    for name, update in updates:
+        layer: Any = model.get_submodule(name)
+        folded = layer.weight + (update.T if isinstance(layer, Conv1D) else update)
+        weights[f"{name}.weight"] = folded.to(layer.weight.dtype)
+    return weights

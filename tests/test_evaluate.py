@@ -16,6 +16,7 @@ from search.errors import InputError
 from search.evaluate import PopulationEvaluator, Scoring, _assign_blocks
 from search.experts import TokenBudget, expert_signals
 from search.objective import COMBINATIONS, OBJECTIVES, entropy_excess
+from search.stack import delta_weight
 from tests.test_experts import logp_alone, make_prompts, stack
 from tests.toys import N_VOCAB, make_model
 
@@ -153,6 +154,19 @@ def test_an_output_layer_tied_to_the_embeddings_is_folded_alone(toy_adapters):
     folded = evaluator.score(coefficients)
     evaluator._folds = False
     np.testing.assert_allclose(evaluator.score(coefficients).losses, folded.losses)
+
+
+def test_updates_are_scored_like_the_coefficients_that_they_come_from(architecture, make_evaluator):
+    evaluator = make_evaluator(architecture)
+    coefficients = random_coefficients(evaluator, 1)
+    updates = {
+        name: delta_weight(module, torch.tensor(coefficients[0, evaluator._groups.group_of[name]]))
+        for name, module in evaluator._stacked.modules.items()
+    }
+    found, expected = evaluator.score_updates(updates), evaluator.score(coefficients)
+    np.testing.assert_array_equal(found.losses, expected.losses)
+    np.testing.assert_array_equal(found.per_expert, expected.per_expert)
+    assert (found.n_tokens, found.peak_bytes) == (expected.n_tokens, expected.peak_bytes)
 
 
 def test_permuting_candidates_permutes_losses(way, make_evaluator):
