@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.compare_methods import RESULTS, ROOT, describe_machine
+from benchmarks.environment import RESULTS, ROOT, describe_machine
 from search.config import SearchConfig, load_config
 from search.loop import SearchTools
 from search.planning import choose_optimizer, set_limits

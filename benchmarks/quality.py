@@ -1,0 +1,184 @@
+"""Does the search beat every other merge? Each method on each variant of the zoo, over seeds, with intervals.
+
+`python -m benchmarks.quality --jobs 4` runs the whole main job for every method, variant and seed (methods
+without chance once), and the search and the uniform merge on odd sets of experts, and appends a line of
+JSON a run to benchmarks/results/quality.jsonl. What is there already, of the same code, settings and cores,
+is not run again: after an interruption the same command goes on. Then, or with --report from those lines
+alone, it writes tables into docs/METHOD.md and a figure; of another --out it prints the tables and draws
+beside it. Seconds are wall-clock: nothing else should run meanwhile. Knows which runs are wanted, not how
+one is done.
+"""
+
+import argparse
+import json
+import os
+import signal
+import sys
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from benchmarks.environment import ROOT, code_hash, describe_machine
+from benchmarks.job import Job, Outcome, run_jobs, split_cores
+from benchmarks.plots import draw_quality, write_svg
+from benchmarks.quality_tables import SEARCH, UNIFORM, latest_rows, measured, quality_text
+from benchmarks.sections import replace_section
+from benchmarks.zoo.sets import SETS, VARIANTS, held_in_tasks, scores_file, worthless_adapters, write_config
+from llm_merging.merging import METHODS
+from search.config import config_hash, load_config
+from search.errors import InputError
+
+OUT = ROOT / "benchmarks/results/quality.jsonl"
+DOCUMENT, SECTION = ROOT / "docs/METHOD.md", "quality"
+FIGURE = Path("figures/quality.svg")
+"""Seen from the document's folder."""
+SEEDED = frozenset({"adamerging", "best_single", "dare", "dare_ties", "lorahub", "my_merge", "regmean"})
+"""Methods that draw: masks, prompts or candidates. The others give one merge, whatever the seed."""
+ODD_SETS = tuple(name for name in SETS if name not in VARIANTS)
+KEY = ("method", "experts", "seed", "config_sha256", "code_sha256", "cores")
+"""What makes two runs the same."""
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Read the lines of earlier runs; none where there is no file (InputError for a damaged line)."""
+    rows = []
+    for number, line in enumerate(path.read_text("utf-8").splitlines() if path.exists() else [], start=1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError as error:
+            raise InputError(
+                f"{path}:{number}: no JSON: {error}. Delete the line; its run is done again."
+            ) from error
+    return rows
+
+
+def append_row(path: Path, row: dict[str, Any]) -> None:
+    """Append one line, on disk when this returns."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def plan_jobs(arguments: argparse.Namespace, folder: Path) -> list[Job]:
+    """Return all wanted runs, with a configuration for each expert set written into `folder`."""
+    jobs = []
+    for experts in (*arguments.variants, *arguments.sets):
+        compared = arguments.methods if experts in VARIANTS else [UNIFORM, SEARCH]
+        config = folder / f"{experts}.yaml"
+        write_config(config, experts, generated=folder / "adapters", template=arguments.config)
+        held_in, scores = tuple(held_in_tasks(experts)), ROOT / scores_file(experts)
+        for method in (method for method in compared if method in arguments.methods):
+            seeds = arguments.seeds if method in SEEDED else arguments.seeds[:1]
+            jobs += [Job(method, experts, seed, config, scores, held_in) for seed in seeds]
+    return jobs
+
+
+def identify(job: Job, template: Path, cores: int) -> dict[str, Any]:
+    """Return what a run's line starts with: what was run, with which settings and code."""
+    return {
+        "benchmark": "quality",
+        "method": job.method,
+        "experts": job.experts,
+        "seed": job.seed,
+        "config": template.name,
+        "config_sha256": config_hash(load_config(template)),
+        "code_sha256": code_hash(),
+        "cores": cores,
+    }
+
+
+def is_done(identity: dict[str, Any], rows: Collection[dict[str, Any]]) -> bool:
+    """Say whether the run worked before."""
+    wanted = [identity[name] for name in KEY]
+    return any([row.get(name) for name in KEY] == wanted for row in measured(rows))
+
+
+def run_missing(arguments: argparse.Namespace) -> int:
+    """Run what is not recorded yet and record it; return how many runs failed."""
+    core_sets = split_cores(sorted(os.sched_getaffinity(0)), arguments.jobs, arguments.cores)
+    machine, rows, n_failed = describe_machine(), read_rows(arguments.out), 0
+    with TemporaryDirectory() as name:
+        jobs = plan_jobs(arguments, Path(name))
+        identities = {job: identify(job, arguments.config, arguments.cores) for job in jobs}
+        missing = [job for job in jobs if not is_done(identities[job], rows)]
+        print(f"{len(missing)} of {len(jobs)} runs to do, {len(core_sets)} at a time", file=sys.stderr)
+        for outcome in run_jobs(missing, core_sets, Path(name)):
+            append_row(arguments.out, make_row(outcome, identities[outcome.job], machine))
+            print(format_outcome(outcome), flush=True)
+            n_failed += bool(outcome.failure)
+    return n_failed
+
+
+def make_row(outcome: Outcome, identity: dict[str, Any], machine: dict[str, Any]) -> dict[str, Any]:
+    """Return the line of one run."""
+    experts = {"held_in_tasks": outcome.job.held_in, "worthless": worthless_adapters(outcome.job.experts)}
+    failure = {"failure": outcome.failure} if outcome.failure else {}
+    return {**identity, **experts, **outcome.measures, **failure, **machine}
+
+
+def format_outcome(outcome: Outcome) -> str:
+    """One line for people, shares in percent."""
+    job, found = outcome.job, outcome.measures
+    start = f"{job.experts:16}{job.method:18}{job.seed:>3}"
+    if outcome.failure:
+        return f"{start}  FAILED after {found['seconds']:.0f} s: {outcome.failure.splitlines()[-1]}"
+    shares = (f"{100 * found[name]:6.1f}" for name in ("held_in_N", "worst_task", "held_out"))
+    return (
+        f"{start} N, worst, held-out {' '.join(shares)} {found['seconds']:6.0f} s {found['peak_mb']:5} MB "
+        f"{found.get('evaluations', '-')} evaluations, ended by {found.get('ended_by', '-')}"
+    )
+
+
+def write_report(out: Path) -> None:
+    """Make tables and figure of the recorded lines alone."""
+    rows = latest_rows(read_rows(out))
+    if not measured(rows):
+        raise InputError(f"{out}: no run that worked, nothing to report. Run without --report first.")
+    picture = draw_quality(measured(rows), VARIANTS)
+    if out.resolve() == OUT:
+        write_svg(picture, DOCUMENT.parent / FIGURE)
+        replace_section(DOCUMENT, SECTION, quality_text(rows, VARIANTS, ODD_SETS, FIGURE.as_posix()))
+        print(f"report: {DOCUMENT}, {DOCUMENT.parent / FIGURE}")
+    else:
+        figure = out.with_suffix(".svg")
+        write_svg(picture, figure)
+        print(quality_text(rows, VARIANTS, ODD_SETS, figure.name), f"figure: {figure}", sep="\n\n")
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.quality", description=__doc__)
+    methods = sorted(METHODS)
+    parser.add_argument("--methods", nargs="+", choices=methods, default=methods)
+    parser.add_argument("--variants", nargs="*", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--sets", nargs="*", choices=ODD_SETS, default=list(ODD_SETS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
+    parser.add_argument("--config", type=Path, default=ROOT / "configs/demo.yaml", help="the settings")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time (default %(default)s)")
+    parser.add_argument("--cores", type=int, default=2, help="that each is pinned to (default %(default)s)")
+    parser.add_argument("--out", type=Path, default=OUT, help="JSON lines (default %(default)s)")
+    parser.add_argument("--report", action="store_true", help="run nothing")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run and report; return 0, 1 if a run failed, 2 for bad input, 130 after Ctrl-C or SIGTERM."""
+    arguments = parse_arguments(argv)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends the runs under way too
+    try:
+        n_failed = 0 if arguments.report else run_missing(arguments)
+        write_report(arguments.out)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted: the same command goes on", file=sys.stderr)
+        return 130
+    return 1 if n_failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

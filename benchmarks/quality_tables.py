@@ -1,0 +1,152 @@
+"""Tables of the quality benchmark, in Markdown: methods on each variant, the search on odd expert sets.
+
+Knows the lines that benchmarks.quality and benchmarks.labelled write; runs and draws nothing.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from benchmarks.intervals import Estimate, estimate_mean
+
+Row = Mapping[str, Any]
+"""A line of quality.jsonl."""
+
+UNIFORM, SEARCH = "uniform_average", "my_merge"
+SHARES = {"held_in_N": "held-in N", "held_in_R": "held-in R", "worst_task": "worst task's N"} | {
+    "held_out": "held-out"
+}
+COSTS = {"seconds": "seconds", "evaluations": "evaluations"}
+HOW = (
+    "Shares in percent: mean over seeds and, in brackets, its 95 % interval (percentile bootstrap, 10,000 "
+    "resamples; n is the number of seeds, and methods without chance run once). N is accuracy divided by "
+    "that of the task's own expert, R = (merge - base) / (expert - base)."
+)
+
+
+def latest_rows(rows: Iterable[Row]) -> list[Row]:
+    """Return the last line of each method, expert set and seed."""
+    last = {(row["method"], row["experts"], row["seed"]): row for row in rows}
+    return list(last.values())
+
+
+def measured(rows: Iterable[Row]) -> list[Row]:
+    """Return the lines of runs that worked."""
+    return [row for row in rows if "failure" not in row]
+
+
+def estimates(rows: Sequence[Row], name: str) -> Estimate | None:
+    """Estimate one measure over runs; None where no run has it."""
+    values = [row[name] for row in rows if row.get(name) is not None]
+    return estimate_mean(values) if values else None
+
+
+def by_method(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """Return runs by method, data-free methods first, each kind by its held-in N, best first."""
+    runs: dict[str, list[Row]] = {}
+    for row in rows:
+        runs.setdefault(row["method"], []).append(row)
+
+    def rank(method: str) -> tuple[bool, float]:
+        found = estimates(runs[method], "held_in_N")
+        return bool(runs[method][0].get("labels")), -(found.mean if found else 0.0)
+
+    return {method: runs[method] for method in sorted(runs, key=rank)}
+
+
+def method_table(rows: Sequence[Row]) -> str:
+    """Return the table of one variant's methods, those that use labels marked and last."""
+    lines = [
+        _line(["merge", *SHARES.values(), *COSTS.values(), "n"]),
+        _rule(1 + len(SHARES) + len(COSTS) + 1),
+    ]
+    for method, own in by_method(rows).items():
+        label = f"`{method}`" + (" (labels)" if own[0].get("labels") else "")
+        shares = [_share(estimates(own, name)) for name in SHARES]
+        costs = [_number(estimates(own, name)) for name in COSTS]
+        lines.append(_line([label, *shares, *costs, str(len(own))]))
+    return "\n".join(lines)
+
+
+def set_table(rows: Sequence[Row], names: Sequence[str]) -> str:
+    """Return the table of expert sets: the search against the uniform merge on the set's own tasks.
+
+    The weight of experts that deserve none is told in shares of the others' mean.
+    """
+    columns = ("experts", "tasks", "uniform N", "search N", "search - uniform", "least of seeds")
+    lines = [_line([*columns, "weight of the worthless", "n"]), _rule(len(columns) + 2)]
+    for name in names:
+        own = [row for row in rows if row["experts"] == name]
+        uniform = estimates([row for row in own if row["method"] == UNIFORM], "held_in_N")
+        searched = [row for row in own if row["method"] == SEARCH]
+        found = estimates(searched, "held_in_N")
+        if found is None or uniform is None:
+            continue
+        gain = estimate_mean([row["held_in_N"] - uniform.mean for row in searched])
+        weights = [weight for row in searched if (weight := worthless_weight(row)) is not None]
+        cells = [name, str(len(searched[0]["held_in_tasks"])), _share(uniform), _share(found), _share(gain)]
+        cells += [f"{100 * gain.least:+.1f}", _share(estimate_mean(weights) if weights else None)]
+        lines.append(_line([*cells, str(found.n)]))
+    return "\n".join(lines)
+
+
+def worthless_weight(row: Row) -> float | None:
+    """Return the worthless experts' mean absolute coefficient over the others', None without such experts."""
+    worthless, weights = row.get("worthless", []), row.get("mean_abs_coefficients", {})
+    theirs = [weights[name] for name in worthless if name in weights]
+    others = [weight for name, weight in weights.items() if name not in worthless]
+    if not theirs or not sum(others):
+        return None
+    return float(sum(theirs) / len(theirs) / (sum(others) / len(others)))
+
+
+def quality_text(rows: Sequence[Row], variants: Sequence[str], sets: Sequence[str], figure: str) -> str:
+    """Return the whole section: a table for each variant, the figure, the expert sets, and where it ran."""
+    good = measured(rows)
+    parts = [HOW]
+    for variant in variants:
+        own = [row for row in good if row["experts"] == variant]
+        if own:
+            parts += [f"Experts `{variant}`:", method_table(own)]
+    parts.append(f"![Held-in and held-out quality against seconds, a marker for each method]({figure})")
+    if any(row["experts"] in sets for row in good):
+        parts += ["Other sets of experts, N over the tasks of the set:", set_table(good, sets)]
+    return "\n\n".join([*parts, _where(rows)])
+
+
+def _where(rows: Sequence[Row]) -> str:
+    """Say on what machines, with what code and settings, and what failed."""
+    told = [
+        f"{title}: {'; '.join(found)}."
+        for title, key in (("Machine", "machine"), ("Commit", "commit"), ("Configuration", "config"))
+        if (found := _distinct(rows, key))
+    ]
+    cores = _distinct(rows, "cores")
+    told.append(f"Cores a run was pinned to: {', '.join(cores)}.")
+    failed = [f"{r['method']} on {r['experts']}, seed {r['seed']}" for r in rows if "failure" in r]
+    return " ".join([*told, f"Failed: {'; '.join(failed)}." if failed else "No run failed."])
+
+
+def _distinct(rows: Sequence[Row], key: str) -> list[str]:
+    return sorted({str(row[key]) for row in rows if row.get(key) is not None})
+
+
+def _share(found: Estimate | None) -> str:
+    if found is None:
+        return "-"
+    return f"{100 * found.mean:.1f}" + _interval(100 * found.low, 100 * found.high, found, ".1f")
+
+
+def _number(found: Estimate | None) -> str:
+    return "-" if found is None else f"{found.mean:,.0f}" + _interval(found.low, found.high, found, ",.0f")
+
+
+def _interval(low: float, high: float, found: Estimate, spec: str) -> str:
+    return f" ({low:{spec}} to {high:{spec}})" if found.n > 1 and found.low != found.high else ""
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _rule(n_columns: int) -> str:
+    return _line(["---", *["---:"] * (n_columns - 1)])
