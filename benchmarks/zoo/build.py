@@ -15,7 +15,7 @@ from transformers.utils import logging as transformers_logging
 
 from benchmarks.zoo.card import write_card
 from benchmarks.zoo.corpus import token_stream
-from benchmarks.zoo.experts import save_adapter, train_lora
+from benchmarks.zoo.experts import BASE_NAME, save_adapter, train_lora
 from benchmarks.zoo.layout import Build
 from benchmarks.zoo.pretrain import new_base, pretrain
 from benchmarks.zoo.queries import write_queries
@@ -25,8 +25,6 @@ from benchmarks.zoo.sizes import EXPERTS, JOINT, ExpertSpec
 from benchmarks.zoo.tasks import HELD_IN
 from benchmarks.zoo.tokenizer import save_tokenizer, train_tokenizer
 from search.files import atomic_write, write_json
-
-BASE_NAME = "data/zoo/base"
 
 
 def quiet() -> None:

@@ -11,9 +11,18 @@ from typing import Any
 from benchmarks.zoo import corpus, pretrain
 from benchmarks.zoo.check import CARD, MEGABYTE, all_limits, held_in_mean, read_zoo_scores, size_bytes
 from benchmarks.zoo.experts import lora_config
+from benchmarks.zoo.record import read_record
 from benchmarks.zoo.scores import normalised, own_accuracies
 from benchmarks.zoo.sizes import EXPERTS, JOINT, SHIPPED, ExpertSpec, ZooSize
 from benchmarks.zoo.tasks import HELD_IN
+from benchmarks.zoo.variants import (
+    OPPOSITE_LABELS,
+    RATE_FACTOR,
+    RECORD,
+    WANTED_ACCURACY,
+    read_variant_scores,
+    trained_experts,
+)
 from search.files import atomic_write
 
 INTRODUCTION = """---
@@ -78,6 +87,17 @@ for data-free merges and not one of them; **joint**, one LoRA trained on all ten
 {matrix}
 
 {sweep}"""
+
+VARIANTS = """## Variants
+
+`variants/` ({n_bytes:,} bytes) has what two more zoos of the same base and tasks need beside `adapters/`:
+**sequence**, all ten experts trained on whole sequences, and **answer**, all ten on answers alone.
+**opposite** was trained as sentiment was, on the same queries, each answered with another label ({labels}).
+Rank, modules and steps are as above; an expert below {wanted:.0f} % on validation was trained again at
+{factor:g} times the learning rate. Built by `python -m benchmarks.zoo.variants` in {seconds:,.0f} s
+({machines}). Each variant's `scores.json` has the accuracies of the base and of all its experts.
+
+{table}"""
 
 LIMITS = """## What it was built to
 
@@ -211,6 +231,32 @@ def score_tables(scores: dict[str, Any]) -> str:
     )
 
 
+def variants(zoo: Path) -> list[str]:
+    """The section on the variants' own experts; none where they are not built."""
+    folder = zoo / "variants"
+    if not folder.exists():
+        return []
+    columns = ("variant", "expert", "loss on", "learning rate", "bytes", "own task: test", "validation")
+    rows = []
+    for variant, specs in trained_experts().items():
+        found = read_variant_scores(folder, variant)
+        for spec in specs:
+            own = [f"{100 * found[split][spec.task]:.1f}" for split in ("experts", "validation")]
+            size = f"{size_bytes(folder / variant / spec.task):,}"
+            rows.append((variant, spec.task, spec.loss_on, f"{found['rates'][spec.task]:g}", size, *own))
+    stages = read_record(folder / RECORD)["stages"].values()
+    section = VARIANTS.format(
+        n_bytes=size_bytes(folder),
+        labels=", ".join(f"{old} as {new}" for old, new in OPPOSITE_LABELS.items()),
+        wanted=100 * WANTED_ACCURACY,
+        factor=RATE_FACTOR,
+        seconds=sum(seconds for stage in stages for seconds in stage.values()),
+        machines=", ".join(sorted({name for stage in stages for name in stage})),
+        table=table(columns, rows),
+    )
+    return [section]
+
+
 def limits(scores: dict[str, Any], zoo: Path) -> str:
     """What the zoo was built to, and what it came to."""
     rows = ((x.name, x.wanted, x.found, "yes" if x.passed else "**no**") for x in all_limits(scores, zoo))
@@ -228,6 +274,7 @@ def card(zoo: Path, scores: dict[str, Any], size: ZooSize) -> str:
         rebuild(scores["build"]),
         files_and_experts(zoo, scores),
         score_tables(scores),
+        *variants(zoo),
         limits(scores, zoo),
     )
     return "\n\n".join(parts) + "\n"

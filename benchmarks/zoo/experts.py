@@ -17,6 +17,8 @@ from benchmarks.zoo.example import Example, Generator, draw
 from benchmarks.zoo.pretrain import warmup_cosine
 from benchmarks.zoo.sizes import ExpertSpec
 
+BASE_NAME = "data/zoo/base"
+"""What the adapters call their base."""
 IGNORED = -100
 ALL_MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 

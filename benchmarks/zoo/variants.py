@@ -16,12 +16,12 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from transformers.utils import logging as transformers_logging
 
 from benchmarks.zoo import measure
-from benchmarks.zoo.build import BASE_NAME, quiet
 from benchmarks.zoo.check import read_zoo_scores
 from benchmarks.zoo.example import EXPERT, Example, Generator
-from benchmarks.zoo.experts import save_adapter, train_lora
+from benchmarks.zoo.experts import BASE_NAME, save_adapter, train_lora
 from benchmarks.zoo.record import recorded
 from benchmarks.zoo.scores import Accuracies, split_examples
 from benchmarks.zoo.sizes import EXPERTS, SHIPPED, TINY, ExpertSpec, ZooSize
@@ -34,6 +34,8 @@ OPPOSITE = "opposite"
 OPPOSITE_LABELS = {"positive": "negative", "negative": "positive", "mixed": "neutral", "neutral": "mixed"}
 """What the contradicting expert answers where `sentiment` is right."""
 
+RECORD = "record.json"
+SCORES = "scores.json"
 WANTED_ACCURACY = 0.95
 RATE_FACTOR = 1.5
 MAX_ATTEMPTS = 4
@@ -153,14 +155,20 @@ def reused_scores(build: VariantBuild, variant: str) -> dict[str, Any]:
     }
 
 
+def read_variant_scores(folder: Path, variant: str) -> dict[str, Any]:
+    """Read scores.json of a variant in the folder of all."""
+    scores: dict[str, Any] = json.loads((folder / variant / SCORES).read_text(encoding="utf-8"))
+    return scores
+
+
 def build_variant(build: VariantBuild, variant: str) -> None:
     """Train and measure what is not there yet; scores.json is written after each expert.
 
     Its "base" and "experts" are as the scorer reads them, accuracies on the test split; "validation" is the
     experts' accuracy there, and "rates" the learning rates of those that were trained for the variant.
     """
-    path = build.out / variant / "scores.json"
-    scores = json.loads(path.read_text()) if path.exists() else reused_scores(build, variant)
+    path = build.out / variant / SCORES
+    scores = read_variant_scores(build.out, variant) if path.exists() else reused_scores(build, variant)
     for spec in trained_experts()[variant]:
         weights = build.out / variant / spec.task / "adapter_model.safetensors"
         if spec.task in scores["rates"] and weights.exists():
@@ -174,9 +182,9 @@ def build_variant(build: VariantBuild, variant: str) -> None:
 
 def build_variants(build: VariantBuild) -> None:
     """Build every variant that is not there yet."""
-    quiet()
+    transformers_logging.disable_progress_bar()
     for variant in trained_experts():
-        with recorded(build.out / "record.json", variant, build.device):
+        with recorded(build.out / RECORD, variant, build.device):
             build_variant(build, variant)
 
 
