@@ -92,7 +92,8 @@ VARIANTS = """## Variants
 
 `variants/` ({n_bytes:,} bytes) has what two more zoos of the same base and tasks need beside `adapters/`:
 **sequence**, all ten experts trained on whole sequences, and **answer**, all ten on answers alone.
-**opposite** was trained as sentiment was, on the same queries, each answered with another label ({labels}).
+**opposite** was trained as sentiment was, on the same queries, but answers each with another label
+({labels}).
 Rank, modules and steps are as above; an expert below {wanted:.0f} % on validation was trained again at
 {factor:g} times the learning rate. Built by `python -m benchmarks.zoo.variants` in {seconds:,.0f} s
 ({machines}). Each variant's `scores.json` has the accuracies of the base and of all its experts.
