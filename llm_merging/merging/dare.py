@@ -17,7 +17,7 @@ from search.adapters import Adapter
 class Dare(UpdateMerge):
     """base + scale * sum_i drop(s_i B_i A_i) / (1 - drop_rate), each adapter at the weight 1.
 
-    Yu et al. 2023 (arXiv:2311.03099), section 3, on top of task arithmetic; the paper drops 90 % and more. The
+    Yu et al. 2023 (arXiv:2311.03099), section 3, on top of task arithmetic; the paper drops 90 % or more. The
     scale is task arithmetic's, which this is in expectation: the paper tunes it on labels, and the default of
     its code, 1, is for two or three models. PEFT's code (`peft.utils.merge_utils.dare_linear`) on the updates
     themselves. mergekit differs: it rescales what is left to the L1 norm that the update had.
@@ -49,9 +49,10 @@ class Dare(UpdateMerge):
 class DareTies(Dare):
     """DARE in the place of TIES' trimming: drop and rescale, elect signs, average what agrees.
 
-    Yu et al. 2023 (arXiv:2311.03099), section 3, on top of TIES, with TIES' scale. PEFT's code
-    (`peft.utils.merge_utils.dare_ties`), which elects signs and averages as `Ties` does.
+    Yu et al. 2023 (arXiv:2311.03099), section 3, on top of TIES; weights of 1 and PEFT's code
+    (`peft.utils.merge_utils.dare_ties`), which elects signs and averages as `Ties` does. The scale stays
+    DARE's: at this drop rate most entries have one survivor or none, so that the average is nearly the sum,
+    and TIES' scale of 1 is far too much. mergekit's default sums what agrees instead of averaging it.
     """
 
-    scale = 1.0
     _combine = staticmethod(dare_ties)
