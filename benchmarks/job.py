@@ -20,6 +20,7 @@ from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from benchmarks.environment import ROOT
 from benchmarks.score import TARGETS, compare, read_scores, read_table, score_tasks, summarise
@@ -137,11 +138,16 @@ def job_environment() -> dict[str, str]:
 def score_answers(path: Path, scores: Path, held_in: Sequence[str]) -> dict[str, Any]:
     """Return N and R over the named held-in tasks, the worst, the held-out accuracy and each task's."""
     targets = read_table(ROOT / TARGETS, ["task", "target", "held_out"])
-    found = compare(score_tasks(read_table(path, ["prediction"]), targets), read_scores(scores))
-    tasks = found[(found["held_out"] == 1) | found.index.isin(held_in)]
-    own = tasks.loc[tasks["held_out"] == 0, "N"]
+    return measure_tasks(score_tasks(read_table(path, ["prediction"]), targets), scores, held_in)
+
+
+def measure_tasks(tasks: pd.DataFrame, scores: Path, held_in: Sequence[str]) -> dict[str, Any]:
+    """Return the same of tasks, indexed by name, with `accuracy` and `held_out`."""
+    found = compare(tasks, read_scores(scores))
+    counted = found[(found["held_out"] == 1) | found.index.isin(held_in)]
+    own = counted.loc[counted["held_out"] == 0, "N"]
     return {
-        **summarise(tasks),
+        **summarise(counted),
         "worst_task": round(float(own.min()), 4),
         "worst_name": str(own.idxmin()),
         "tasks": {str(task): round(float(value), 4) for task, value in found["accuracy"].items()},

@@ -12,13 +12,16 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from benchmarks.intervals import Estimate
-from benchmarks.quality_tables import SEARCH, Row, by_method, estimates
+from benchmarks.quality_tables import SEARCH, by_method, estimates
+from benchmarks.rows import Row
 from search.files import atomic_write
 from search.picture import BLACK, PALETTE, Picture, make_axes, set_title
 
 PANELS = {"held_in_N": "held-in N (%)", "held_out": "held-out accuracy (%)"}
 MARKERS = "osD^vPX<>ph"
 """Eleven, so that no two of 66 methods share both marker and colour."""
+LINES = ("joint LoRA", "oracle search")
+"""What labels can do at most; drawn as lines, since their time says nothing."""
 PANEL_HEIGHT = 3.4
 """Inches."""
 
@@ -26,9 +29,10 @@ PANEL_HEIGHT = 3.4
 def draw_quality(rows: Sequence[Row], variants: Sequence[str]) -> Picture:
     """Draw quality against seconds: a row for each variant, a panel for each measure, a marker a method.
 
-    Methods that use labels are hollow, and a line where their time says nothing.
+    Methods that were not timed are in the tables alone, but for those of LINES.
     """
     shown = [variant for variant in variants if any(row["experts"] == variant for row in rows)]
+    rows = [row for row in rows if row["method"] in LINES or row.get("seconds") is not None]
     methods = [*by_method([row for row in rows if row["experts"] in shown])]
     figure, grid = make_axes([PANEL_HEIGHT] * max(1, len(shown)), len(PANELS))
     for variant, axes in zip(shown, grid, strict=False):
@@ -63,7 +67,6 @@ def _mark(ax: Axes, index: int, method: str, rows: Sequence[Row], name: str) -> 
         fmt="*" if method == SEARCH else MARKERS[index % len(MARKERS)],
         markersize=11 if method == SEARCH else 6,
         color=colour,
-        markerfacecolor="none" if rows[0].get("labels") else colour,
         elinewidth=1,
         capsize=2,
         label=method,

@@ -10,11 +10,10 @@ one is done.
 """
 
 import argparse
-import json
 import os
 import signal
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -22,7 +21,8 @@ from typing import Any
 from benchmarks.environment import ROOT, code_hash, describe_machine
 from benchmarks.job import Job, Outcome, run_jobs, split_cores
 from benchmarks.plots import draw_quality, write_svg
-from benchmarks.quality_tables import SEARCH, UNIFORM, latest_rows, measured, quality_text
+from benchmarks.quality_tables import SEARCH, UNIFORM, quality_text
+from benchmarks.rows import append_row, is_done, latest_rows, measured, read_rows
 from benchmarks.sections import replace_section
 from benchmarks.zoo.sets import SETS, VARIANTS, held_in_tasks, scores_file, worthless_adapters, write_config
 from llm_merging.merging import METHODS
@@ -36,30 +36,6 @@ FIGURE = Path("figures/quality.svg")
 SEEDED = frozenset({"adamerging", "best_single", "dare", "dare_ties", "lorahub", "my_merge", "regmean"})
 """Methods that draw: masks, prompts or candidates. The others give one merge, whatever the seed."""
 ODD_SETS = tuple(name for name in SETS if name not in VARIANTS)
-KEY = ("method", "experts", "seed", "config_sha256", "code_sha256", "cores")
-"""What makes two runs the same."""
-
-
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Read the lines of earlier runs; none where there is no file (InputError for a damaged line)."""
-    rows = []
-    for number, line in enumerate(path.read_text("utf-8").splitlines() if path.exists() else [], start=1):
-        try:
-            rows.append(json.loads(line))
-        except ValueError as error:
-            raise InputError(
-                f"{path}:{number}: no JSON: {error}. Delete the line; its run is done again."
-            ) from error
-    return rows
-
-
-def append_row(path: Path, row: dict[str, Any]) -> None:
-    """Append one line, on disk when this returns."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def plan_jobs(arguments: argparse.Namespace, folder: Path) -> list[Job]:
@@ -88,12 +64,6 @@ def identify(job: Job, template: Path, cores: int) -> dict[str, Any]:
         "code_sha256": code_hash(),
         "cores": cores,
     }
-
-
-def is_done(identity: dict[str, Any], rows: Collection[dict[str, Any]]) -> bool:
-    """Say whether the run worked before."""
-    wanted = [identity[name] for name in KEY]
-    return any([row.get(name) for name in KEY] == wanted for row in measured(rows))
 
 
 def run_missing(arguments: argparse.Namespace) -> int:

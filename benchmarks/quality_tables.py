@@ -3,13 +3,10 @@
 Knows the lines that benchmarks.quality and benchmarks.labelled write; runs and draws nothing.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from benchmarks.intervals import Estimate, estimate_mean
-
-Row = Mapping[str, Any]
-"""A line of quality.jsonl."""
+from benchmarks.rows import Row, measured
 
 UNIFORM, SEARCH = "uniform_average", "my_merge"
 SHARES = {"held_in_N": "held-in N", "held_in_R": "held-in R", "worst_task": "worst task's N"} | {
@@ -21,17 +18,6 @@ HOW = (
     "resamples; n is the number of seeds, and methods without chance run once). N is accuracy divided by "
     "that of the task's own expert, R = (merge - base) / (expert - base)."
 )
-
-
-def latest_rows(rows: Iterable[Row]) -> list[Row]:
-    """Return the last line of each method, expert set and seed."""
-    last = {(row["method"], row["experts"], row["seed"]): row for row in rows}
-    return list(last.values())
-
-
-def measured(rows: Iterable[Row]) -> list[Row]:
-    """Return the lines of runs that worked."""
-    return [row for row in rows if "failure" not in row]
 
 
 def estimates(rows: Sequence[Row], name: str) -> Estimate | None:
@@ -60,7 +46,7 @@ def method_table(rows: Sequence[Row]) -> str:
         _rule(1 + len(SHARES) + len(COSTS) + 1),
     ]
     for method, own in by_method(rows).items():
-        label = f"`{method}`" + (" (labels)" if own[0].get("labels") else "")
+        label = f"{method} (labels)" if own[0].get("labels") else f"`{method}`"
         shares = [_share(estimates(own, name)) for name in SHARES]
         costs = [_number(estimates(own, name)) for name in COSTS]
         lines.append(_line([label, *shares, *costs, str(len(own))]))

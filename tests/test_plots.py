@@ -6,7 +6,8 @@ from tests.test_quality_tables import row
 ROWS = [
     *(row("my_merge", seed, seconds=80 + seed, held_in_N=0.9 + 0.02 * seed) for seed in range(3)),
     row("ties", seconds=15.0, held_in_N=0.4),
-    row("joint", labels=True, seconds=None, held_in_N=1.0),
+    row("joint LoRA", labels=True, seconds=None, held_in_N=1.0),
+    row("ties, best scale", labels=True, seconds=None),
     row("ties", experts="answer", seconds=16.0),
 ]
 
@@ -29,8 +30,10 @@ def test_each_variant_that_was_run_has_a_panel_a_measure_with_means_where_they_b
 def test_the_legend_has_every_method_once_and_what_was_not_timed_is_a_line():
     figure = draw_quality(ROWS, ["mixed", "answer"]).figure
     (legend,) = figure.legends
-    assert [text.get_text() for text in legend.get_texts()] == ["my_merge", "ties", "joint"]
-    assert [line.get_ydata()[0] for line in figure.axes[0].lines if line.get_label() == "joint"] == [100.0]
+    assert [text.get_text() for text in legend.get_texts()] == ["my_merge", "ties", "joint LoRA"]
+    assert [line.get_ydata()[0] for line in figure.axes[0].lines if line.get_label() == "joint LoRA"] == [
+        100.0
+    ]
 
 
 def test_the_same_runs_give_the_same_bytes_without_a_date(tmp_path):
