@@ -1,21 +1,31 @@
 """The merge methods by name; a method of one's own goes into MyMerge.py."""
 
+from llm_merging.merging.core_space import CoreSpaceMerge
 from llm_merging.merging.dare import Dare, DareTies
+from llm_merging.merging.iso import IsoMerge
+from llm_merging.merging.knots import KnotsTiesMerge
 from llm_merging.merging.Merges import Merges
 from llm_merging.merging.MyMerge import MyMerge
 from llm_merging.merging.peft_linear import Cat, Linear
+from llm_merging.merging.regmean import RegMean
 from llm_merging.merging.task_arithmetic import TaskArithmetic
 from llm_merging.merging.ties import Ties
+from llm_merging.merging.tsv import TsvMerge
 from llm_merging.merging.uniform_average import UniformAverage
 
 METHODS: dict[str, type[Merges]] = {
     "cat": Cat,
+    "core_space": CoreSpaceMerge,
     "dare": Dare,
     "dare_ties": DareTies,
+    "iso_c": IsoMerge,
+    "knots_ties": KnotsTiesMerge,
     "linear": Linear,
     "my_merge": MyMerge,
+    "regmean": RegMean,
     "task_arithmetic": TaskArithmetic,
     "ties": Ties,
+    "tsv_m": TsvMerge,
     "uniform_average": UniformAverage,
 }
 
