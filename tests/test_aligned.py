@@ -1,11 +1,12 @@
 """TSV-M, Iso-C, KnOTS and Core Space: dense float64 oracles, FusionBench where there is one, properties."""
 
+import json
 from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llm_merging.merging import METHODS
@@ -14,6 +15,9 @@ from llm_merging.merging.knots import merge_in_shared_basis
 from llm_merging.merging.subspaces import LowRank, add_updates, flatten_spectrum, low_rank_updates, thin_svd
 from llm_merging.merging.tsv import decorrelate
 from search.adapters import Factors
+from search.base import load_base
+from search.config import load_config
+from tests.test_merges import save_toy_zoo
 
 D_OUT, D_IN = 24, 32
 same = partial(torch.testing.assert_close, rtol=0, atol=1e-9)
@@ -179,6 +183,7 @@ def test_one_expert_is_itself():
 
 
 @every_merge
+@settings(max_examples=25)
 @given(seed=st.integers(0, 99), ranks=st.lists(st.integers(1, 6), min_size=1, max_size=4), data=st.data())
 def test_order_and_factors_do_not_matter(merge, seed, ranks, data):
     updates = draw(*ranks, seed=seed)
@@ -215,3 +220,22 @@ def test_the_method_scales_and_takes_those_that_touch_the_module(name):
     present = low_rank_updates([first, second], "m")
     same(present[0].dense(), 0.5 * updates[0].B.bfloat16().double() @ updates[0].A.bfloat16().double())
     same(merged.double(), MERGES[name](present).float().double())
+
+
+@pytest.fixture(scope="module")
+def zoo(tmp_path_factory):
+    return save_toy_zoo(tmp_path_factory.mktemp("zoo"))
+
+
+@pytest.mark.parametrize("name", MERGES)
+def test_a_whole_merge_adds_the_update_to_the_base(name, zoo, tmp_path):
+    method = METHODS[name](name, load_config(zoo, ["device=cpu"]))
+    method.output = tmp_path
+    method.merge()
+    before = dict(load_base(str(zoo.parent / "base"), device="cpu").model.named_parameters())
+    adapters = method._load_adapters()
+    for weight, folded in method.merged_model.items():
+        update = MERGES[name](low_rank_updates(adapters, weight.removesuffix(".weight")))
+        torch.testing.assert_close(folded.double(), before[weight].double() + update, rtol=0, atol=1e-5)
+    assert method.merged_model.keys() == {f"{m}.weight" for a in adapters for m in a.modules}
+    assert json.loads((tmp_path / "merge.json").read_text())["scale"] == 1.0
