@@ -24,7 +24,7 @@ from benchmarks.environment import ROOT, code_hash, describe_machine
 from benchmarks.label_search import search_labels
 from benchmarks.labels import Labels
 from benchmarks.quality import OUT, SEEDED
-from benchmarks.rows import append_row, is_done, read_rows
+from benchmarks.rows import JOINT, ORACLE, SCALED, SINGLE, append_row, is_done, read_rows
 from benchmarks.zoo.sets import VARIANTS, scores_file, write_config
 from benchmarks.zoo.tasks import HELD_IN
 from llm_merging.merging import METHODS
@@ -38,7 +38,6 @@ SCALES = tuple(2.0**k for k in range(-4, 8))
 REFINEMENTS = (2**0.5, 2**0.25)
 SAME_SCALED = ("cat", "uniform_average")
 """Task arithmetic at another scale: its best one is theirs."""
-JOINT, SINGLE, ORACLE, SCALED = "joint LoRA", "best single expert", "oracle search", ", best scale"
 
 
 def tune_scale(labels: Labels, method: str, seed: int, folder: Path) -> dict[str, Any]:

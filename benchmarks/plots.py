@@ -13,14 +13,14 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from benchmarks.intervals import Estimate
 from benchmarks.quality_tables import SEARCH, by_method, estimates
-from benchmarks.rows import Row
+from benchmarks.rows import JOINT, ORACLE, Row
 from search.files import atomic_write
 from search.picture import BLACK, PALETTE, Picture, make_axes, set_title
 
 PANELS = {"held_in_N": "held-in N (%)", "held_out": "held-out accuracy (%)"}
 MARKERS = "osD^vPX<>ph"
 """Eleven, so that no two of 66 methods share both marker and colour."""
-LINES = ("joint LoRA", "oracle search")
+LINES = JOINT, ORACLE
 """What labels can do at most; drawn as lines, since their time says nothing."""
 PANEL_HEIGHT = 3.4
 """Inches."""

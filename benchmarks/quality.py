@@ -21,6 +21,7 @@ from typing import Any
 from benchmarks.environment import ROOT, code_hash, describe_machine
 from benchmarks.job import Job, Outcome, run_jobs, split_cores
 from benchmarks.plots import draw_quality, write_svg
+from benchmarks.quality_limits import quality_limits
 from benchmarks.quality_tables import SEARCH, UNIFORM, quality_text
 from benchmarks.rows import append_row, is_done, latest_rows, measured, read_rows
 from benchmarks.sections import replace_section
@@ -108,6 +109,8 @@ def write_report(out: Path) -> None:
     if not measured(rows):
         raise InputError(f"{out}: no run that worked, nothing to report. Run without --report first.")
     picture = draw_quality(measured(rows), VARIANTS)
+    for limit in quality_limits(measured(rows), VARIANTS, ODD_SETS):
+        print(limit.line)
     if out.resolve() == OUT:
         write_svg(picture, DOCUMENT.parent / FIGURE)
         replace_section(DOCUMENT, SECTION, quality_text(rows, VARIANTS, ODD_SETS, FIGURE.as_posix()))

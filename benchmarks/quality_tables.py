@@ -63,16 +63,27 @@ def set_table(rows: Sequence[Row], names: Sequence[str]) -> str:
     for name in names:
         own = [row for row in rows if row["experts"] == name]
         uniform = estimates([row for row in own if row["method"] == UNIFORM], "held_in_N")
-        searched = [row for row in own if row["method"] == SEARCH]
-        found = estimates(searched, "held_in_N")
+        found = estimates([row for row in own if row["method"] == SEARCH], "held_in_N")
         if found is None or uniform is None:
             continue
-        gain = estimate_mean([row["held_in_N"] - uniform.mean for row in searched])
-        weights = [weight for row in searched if (weight := worthless_weight(row)) is not None]
-        cells = [name, str(len(searched[0]["held_in_tasks"])), _share(uniform), _share(found), _share(gain)]
+        gain, weights = estimate_mean(gains(own)), worthless_weights(own)
+        cells = [name, str(len(own[0]["held_in_tasks"])), _share(uniform), _share(found), _share(gain)]
         cells += [f"{100 * gain.least:+.1f}", _share(estimate_mean(weights) if weights else None)]
         lines.append(_line([*cells, str(found.n)]))
     return "\n".join(lines)
+
+
+def gains(rows: Sequence[Row]) -> list[float]:
+    """Return each seed's held-in N of the search less the uniform merge's; none where either was not run."""
+    uniform = estimates([row for row in rows if row["method"] == UNIFORM], "held_in_N")
+    searched = [row["held_in_N"] for row in rows if row["method"] == SEARCH]
+    return [share - uniform.mean for share in searched] if uniform else []
+
+
+def worthless_weights(rows: Sequence[Row]) -> list[float]:
+    """Return `worthless_weight` of each seed's search that has such experts."""
+    weights = (worthless_weight(row) for row in rows if row["method"] == SEARCH)
+    return [weight for weight in weights if weight is not None]
 
 
 def worthless_weight(row: Row) -> float | None:

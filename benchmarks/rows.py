@@ -16,6 +16,9 @@ Row = Mapping[str, Any]
 KEY = ("method", "experts", "seed", "config_sha256", "code_sha256", "cores")
 """What makes two runs the same."""
 
+JOINT, SINGLE, ORACLE, SCALED = "joint LoRA", "best single expert", "oracle search", ", best scale"
+"""Methods of lines that labels were used for; the last one comes after the name of a method."""
+
 
 def read_rows(path: Path) -> list[Row]:
     """Read the lines of earlier runs; none where there is no file (InputError for a damaged line)."""

@@ -9,10 +9,6 @@ import torch
 
 from benchmarks.label_search import LabelEvaluator, search_labels
 from benchmarks.labelled import (
-    JOINT,
-    ORACLE,
-    SCALED,
-    SINGLE,
     best_scale,
     joint_lora,
     plan_rows,
@@ -20,6 +16,7 @@ from benchmarks.labelled import (
     tune_scale,
 )
 from benchmarks.labels import TIE_PER_NAT, Labels
+from benchmarks.rows import JOINT, ORACLE, SCALED, SINGLE
 from benchmarks.zoo.queries import SHIPPED_HELD_OUT
 from benchmarks.zoo.tasks import HELD_IN
 from search.config import load_config

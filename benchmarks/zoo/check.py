@@ -46,6 +46,11 @@ class Limit:
         """The measured value as text."""
         return f"{self.measured:.1f} {self.unit}{f' ({self.worst})' if self.worst else ''}"
 
+    @property
+    def line(self) -> str:
+        """All of it in one line."""
+        return f"{'pass' if self.passed else 'FAIL'}  {self.name:52}{self.wanted:>12}   {self.found}"
+
 
 def held_in_mean(accuracies: Mapping[str, float]) -> float:
     """Mean accuracy over the held-in tasks, 0 to 1."""
@@ -110,7 +115,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     zoo = parser.parse_args(argv).zoo
     limits = all_limits(read_zoo_scores(zoo), zoo)
     for limit in limits:
-        print(f"{'pass' if limit.passed else 'FAIL'}  {limit.name:52}{limit.wanted:>10}   {limit.found}")
+        print(limit.line)
     return 0 if all(limit.passed for limit in limits) else 1
 
 
