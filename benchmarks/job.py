@@ -163,8 +163,9 @@ def search_facts(folder: Path, log: str) -> dict[str, Any]:
     facts |= {key: provenance[key] for key in ("evaluations", "winner") if key in provenance}
     if (done := DONE_LINE.search(log)) and done[1]:
         facts["ended_by"] = done[1]
-    if (trace_path := folder / TRACE_FILE).exists():
-        facts["search_s"] = round(sum(g.seconds for g in Trace.load(trace_path).generations), 1)
+    trace_path = folder / TRACE_FILE
+    if trace_path.exists() and (generations := Trace.load(trace_path).generations):
+        facts["search_s"] = round(sum(generation.seconds for generation in generations), 1)
     if "coefficients" in document:
         names = [adapter["name"] for adapter in document["adapters"]]
         means = np.abs(np.asarray(document["coefficients"])).mean(axis=0).round(4)

@@ -9,7 +9,7 @@ import pytest
 from benchmarks import job as job_module
 from benchmarks.job import Job, run_jobs, score_answers, search_facts, split_cores
 from search.errors import InputError
-from search.trace import TraceWriter
+from tests.traces import tiny_trace
 
 TARGETS = "id,task,target,held_out\n1,sum,4,0\n2,sum,7,0\n3,topic,2,0\n4,mix,x,1\n"
 SCORES = {"base": {"sum": 0.0, "topic": 0.5}, "experts": {"sum": 1.0, "topic": 1.0}}
@@ -93,7 +93,7 @@ def test_only_the_named_tasks_count_as_held_in(root):
     assert found["tasks"] == {"sum": 1.0, "topic": 0.0, "mix": 0.0}
 
 
-def test_a_search_tells_its_weights_and_no_search_tells_nothing(tmp_path):
+def test_a_search_tells_its_weights_and_no_search_tells_nothing(tmp_path, monkeypatch):
     assert search_facts(tmp_path, "done in 3 s") == {}
     document = {
         "adapters": [{"name": "a"}, {"name": "b"}],
@@ -101,12 +101,13 @@ def test_a_search_tells_its_weights_and_no_search_tells_nothing(tmp_path):
         "provenance": {"evaluations": 16, "winner": "mean", "seed": 3},
     }
     (tmp_path / "coefficients.json").write_text(json.dumps(document))
-    with TraceWriter(tmp_path / "trace.jsonl") as trace:
-        trace.header({})
+    trace = tiny_trace()
+    monkeypatch.setattr(job_module.Trace, "load", lambda path: trace)
+    (tmp_path / "trace.jsonl").touch()
     assert search_facts(tmp_path, "x\ndone in 86 s, search ended by evaluations\n") == {
         "evaluations": 16,
         "winner": "mean",
         "ended_by": "evaluations",
-        "search_s": 0,
+        "search_s": round(sum(generation.seconds for generation in trace.generations), 1),
         "mean_abs_coefficients": {"a": 0.3, "b": 0.2},
     }
