@@ -215,7 +215,7 @@ def _find_factory(name: str, n_params: int, n_candidates: int) -> Any:
             "expected CMA or another name of nevergrad's registry, such as DiagonalCMA, OnePlusOne, DE, TBPSA"
         )
     factory = ng.optimizers.registry[name]
-    if factory.no_parallelization:
+    if factory.no_parallelization and n_candidates > 1:
         raise InputError(
             f"optimizer {name!r} takes one candidate at a time, not {n_candidates}; use CMA or OnePlusOne"
         )

@@ -321,6 +321,7 @@ def test_an_unknown_name_gets_close_matches():
 def test_optimizers_that_cannot_work_in_generations_are_refused():
     with pytest.raises(InputError, match="'Cobyla' takes one candidate at a time, not 8"):
         make(name="Cobyla")
+    assert make(n_candidates=1, name="Cobyla").ask().shape == (1, 10)
     with pytest.raises(InputError, match="'CMA' needs at least 4 candidates a generation, found 2"):
         make(n_candidates=2)
     assert make(n_candidates=2, name="OnePlusOne").ask().shape == (2, 10)

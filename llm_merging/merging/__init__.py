@@ -1,9 +1,12 @@
 """The merge methods by name; a method of one's own goes into MyMerge.py."""
 
+from llm_merging.merging.adamerging import AdaMerging
+from llm_merging.merging.best_single import BestSingle
 from llm_merging.merging.core_space import CoreSpaceMerge
 from llm_merging.merging.dare import Dare, DareTies
 from llm_merging.merging.iso import IsoMerge
 from llm_merging.merging.knots import KnotsTiesMerge
+from llm_merging.merging.lorahub import LoraHub
 from llm_merging.merging.Merges import Merges
 from llm_merging.merging.MyMerge import MyMerge
 from llm_merging.merging.peft_linear import Cat, Linear
@@ -14,6 +17,8 @@ from llm_merging.merging.tsv import TsvMerge
 from llm_merging.merging.uniform_average import UniformAverage
 
 METHODS: dict[str, type[Merges]] = {
+    "adamerging": AdaMerging,
+    "best_single": BestSingle,
     "cat": Cat,
     "core_space": CoreSpaceMerge,
     "dare": Dare,
@@ -21,6 +26,7 @@ METHODS: dict[str, type[Merges]] = {
     "iso_c": IsoMerge,
     "knots_ties": KnotsTiesMerge,
     "linear": Linear,
+    "lorahub": LoraHub,
     "my_merge": MyMerge,
     "regmean": RegMean,
     "task_arithmetic": TaskArithmetic,

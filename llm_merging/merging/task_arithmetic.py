@@ -9,14 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from llm_merging.merging.coefficients import deliver_coefficients
 from llm_merging.merging.updates import UpdateMerge, dense_updates
 from search.adapters import Adapter
-from search.delivery import ADAPTER_FOLDER, deliver_adapter
-from search.files import write_json
 from search.groups import group_modules
-from search.merge import fold_adapters, merge_adapters, touched_modules
-from search.provenance import checkout_commit, library_versions
-from search.recorded import COEFFICIENTS_FILE, MergeRecord, coefficients_document
+from search.merge import touched_modules
 
 
 class TaskArithmetic(UpdateMerge):
@@ -36,22 +33,6 @@ class TaskArithmetic(UpdateMerge):
 
     def merge(self) -> None:
         """Write the sum to `output` as an exact adapter with its coefficients, and fold it into the base."""
-        adapters, base_name = self._load_everything(), self.config.base.name
+        adapters = self._load_everything()
         groups = group_modules(touched_modules(adapters), "model")
-        coefficients = np.full((1, len(adapters)), self.scale)
-        merged = merge_adapters(
-            adapters, coefficients, groups, base_name=base_name, dtype=self.base_model.dtype
-        )
-        document = coefficients_document(adapters, coefficients, groups, self._record())
-        deliver_adapter(merged, document, self.output / ADAPTER_FOLDER)
-        write_json(self.output / COEFFICIENTS_FILE, document)
-        fold_adapters(self.base_model, adapters, coefficients, groups)
-        self.merged_model = merged.state_dict
-
-    def _record(self) -> MergeRecord:
-        return MergeRecord(
-            method=self.name,
-            base=self._identify_base(),
-            objective={},
-            provenance={"commit": checkout_commit(), "versions": library_versions()},
-        )
+        deliver_coefficients(self, adapters, np.full((1, len(adapters)), self.scale), groups)
