@@ -187,6 +187,6 @@ def _advise_on_signals(found: Diagnosis) -> Iterator[str]:
         names = [adapter.name for adapter in weak if adapter.has_skeletons == has_skeletons]
         if names:
             yield (
-                f"weak signal, to be kept near the uniform merge: {', '.join(names)}; {cure}. (Measured on "
+                f"weak signal, to be kept near the balanced merge: {', '.join(names)}; {cure}. (Measured on "
                 f"{found.prompts.tried_searched} prompts each; the run measures again)"
             )

@@ -105,7 +105,7 @@ def _describe_base(parts: Parts) -> BaseFacts:
 def _describe_adapters(setup: Setup, trial: Trial) -> tuple[AdapterFacts, ...]:
     facts = []
     peaks = trial.peak_kl_nats.tolist()
-    for adapter, settings, peak in zip(setup.parts.adapters, setup.config.adapters, peaks, strict=True):
+    for adapter, settings, peak in zip(setup.parts.adapters, setup.adapter_configs, peaks, strict=True):
         ranks = [factors.A.shape[0] for factors in adapter.modules.values()]
         scalings = [factors.scaling for factors in adapter.modules.values()]
         facts.append(

@@ -82,7 +82,7 @@ def judge_on_unseen(
 
 
 def judge_on_searched(steering: Steering, found: Found, trace: TraceWriter) -> Judgement:
-    """Compare the archive's best, if there is one, with base, uniform and prior on searched prompts.
+    """Compare the archive's best, if there is one, with base, uniform, balanced and prior on searched ones.
 
     All of it is known already; nobody is asked for agreement.
     """

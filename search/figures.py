@@ -46,11 +46,17 @@ CLOCKS = {"elapsed_s": "time since the run began (s)", "n_tokens": "tokens score
 LOSS_LABEL = "loss (base model = 1)"
 DISAGREEMENT_LABEL = "disagreement with the expert (0 = the expert itself, 1 = the base model)"
 RUNG_STYLES = (SKY, "v"), (PURPLE, "s"), (ORANGE, "D"), (GREEN, "P")
-REFERENCE_STYLES = {"base": (BLACK, ":"), "uniform": (ORANGE, "--"), "prior": (GREEN, "-.")}
+REFERENCE_STYLES = {
+    "base": (BLACK, ":"),
+    "uniform": (ORANGE, "--"),
+    "balanced": (PURPLE, (0, (5, 1, 1, 1))),
+    "prior": (GREEN, "-."),
+}
 KIND_STYLES = {"reference": (ORANGE, "s"), "expert": (BLACK, "D"), "candidate": (BLUE, "o")}
 POINT_STYLES = {
     "base": (BLACK, "|"),
     "uniform": (ORANGE, "s"),
+    "balanced": (PURPLE, "D"),
     "prior": (GREEN, "^"),
     "best so far": (BLUE, "o"),
     "winner": (BLUE, "o"),

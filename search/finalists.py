@@ -13,7 +13,7 @@ import numpy as np
 from search.space import FloatArray
 
 Verdict = Literal["winner", "beaten", "not finite", "outside bounds", "collapsed"]
-BASE, UNIFORM, PRIOR, SINGLE = "base", "uniform", "prior", "expert "
+BASE, UNIFORM, BALANCED, PRIOR, SINGLE = "base", "uniform", "balanced", "prior", "expert "
 """Names of references, the last one before an adapter's name."""
 
 
@@ -36,11 +36,12 @@ class Finalist:
     """A merge that may become the result."""
 
     name: str
-    """"archive 1" (the search's best), "mean", "refined", "base", "uniform", "prior" or "expert NAME"."""
+    """"archive 1" (the search's best), "mean", "refined", "base", "uniform", "balanced", "prior" or "expert
+    NAME"."""
     coefficients: FloatArray
     """(n_groups, n_adapters)."""
     is_reference: bool
-    """Needs no search: base, uniform merge or a single expert."""
+    """Needs no search: base, uniform or balanced merge, prior or a single expert."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -68,20 +69,26 @@ class Judgement:
 
     @property
     def rivals(self) -> dict[str, float]:
-        """Losses of base, uniform merge and, where they were compared, prior and the best single expert."""
+        """Losses of base, uniform, balanced and, where they were compared, prior and best single expert."""
         loss_of = {f.name: loss for f, loss in zip(self.finalists, self.losses.tolist(), strict=True)}
         singles = [name for name in loss_of if name.startswith(SINGLE)]
         best = sorted(singles, key=loss_of.__getitem__)[:1]
-        return {name: loss_of[name] for name in (BASE, UNIFORM, PRIOR, *best) if name in loss_of}
+        return {name: loss_of[name] for name in (BASE, UNIFORM, BALANCED, PRIOR, *best) if name in loss_of}
 
 
 def make_references(
-    n_groups: int, adapter_names: Sequence[str], prior: FloatArray | None = None
+    n_groups: int, adapter_names: Sequence[str], balanced: FloatArray, prior: FloatArray | None = None
 ) -> tuple[Finalist, ...]:
-    """Return base, uniform merge, the prior's start (n_groups, n_adapters) if any, and every expert."""
+    """Return base, uniform and balanced merge, the prior's start if any, and every expert.
+
+    Args:
+        balanced: (n_adapters,) coefficients under which all updates are equally long.
+        prior: (n_groups, n_adapters).
+    """
     n_adapters = len(adapter_names)
     shape = (n_groups, n_adapters)
     general = {BASE: np.zeros(shape), UNIFORM: np.full(shape, 1 / n_adapters)}
+    general[BALANCED] = np.broadcast_to(balanced, shape).copy()
     if prior is not None:
         general[PRIOR] = prior
     singles = {

@@ -89,7 +89,7 @@ def _describe_winner(trace: Trace) -> str:
     run, finalists = run_table(trace).iloc[0], finalist_table(trace)
     others = [
         f"{name} {finalists['loss'][name]:.3g}"
-        for name in ("base", "uniform", "prior")
+        for name in ("base", "uniform", "balanced", "prior")
         if name in finalists.index
     ]
     experts = finalists[finalists["kind"] == "expert"]

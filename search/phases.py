@@ -96,6 +96,7 @@ class Phases:
             generations=found.generations,
             ended_by=ended_by,
             n_unseen=n_unseen,
+            left_out=self._setup.left_out,
             weak=steering.weak,
             back_offs=steering.budget.oom_events,
         )
@@ -229,6 +230,7 @@ class Phases:
                 "winner": winner.name,
                 "ended_by": facts.ended_by,
                 "evaluations": facts.evaluations,
+                "left_out": dict(facts.left_out),
             },
         )
         self._trace.event(

@@ -52,7 +52,7 @@ def learn_prior(paths: Sequence[Path]) -> Prior:
 
     A run's answer is its winner: of all it offers the one point compared on prompts that its search had not
     seen. Left out with a warning are runs without such a point, after an interrupt or for lack of time, and
-    runs that a reference won (base, uniform merge, one expert, an earlier prior): a coefficient of 0 or 1
+    runs that a reference won (base, uniform or balanced merge, one expert, a prior): a coefficient of 0 or 1
     would be taken for what a search found, and an earlier prior would count twice.
 
     All others weigh the same, whatever their budget: each has beaten its references, and one that was short
@@ -178,7 +178,7 @@ def _read_run(path: Path) -> _FinishedRun | None:
 def _find_no_answer(run: _FinishedRun) -> str | None:
     """Say why a run's winner tells nothing of where a search ends; None where it does."""
     winner, prompts = run.finalists.winner, run.finalists.prompts
-    if winner in ("base", "uniform", "prior") or winner.startswith("expert "):
+    if winner in ("base", "uniform", "balanced", "prior") or winner.startswith("expert "):
         return f"its winner is {winner!r}, which its search did not find"
     if run.ended.ended_by == "interrupt":
         return f"its search was interrupted; to use it: python -m search resume {run.path.parent}"

@@ -44,7 +44,7 @@ class ConfigSection(BaseModel):
 class SpaceSettings(ConfigSection):
     """What the search may vary; a plain string is short for its `groups`."""
 
-    groups: GroupName = "layer"
+    groups: GroupName = "model"
     """Modules that share a coefficient: all, blocks of layers, a layer, its attention or MLP, none."""
     layers_per_block: Count = 4
     genome: GenomeName = "full"
@@ -110,10 +110,12 @@ class SearchSettings(ConfigSection):
     """File of `python -m search priors`, to start from."""
     allow_changed_adapters: bool = False
     """Take a prior's coefficients for other weights under the same name, and from another base, too."""
-    start: float = 0.3
-    """Every coefficient's first value."""
-    sigma: Positive = 0.15
-    """Spread of the first generation, in coefficients."""
+    start: Literal["balanced"] | float = "balanced"
+    """Every coefficient's first value; "balanced" gives every adapter's update the same norm."""
+    sigma: Positive | None = None
+    """Spread of the first generation, in coefficients; half of the start when not given."""
+    max_relative_norm: Positive | None = 2.0
+    """An adapter whose update is larger, relative to the weights, is broken and left out; null keeps all."""
     n_finalists: Count = 8
     """Best candidates scored again on prompts that the search has not seen."""
     tokens_per_forward: Count | None = None

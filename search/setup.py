@@ -4,15 +4,17 @@ Knows settings and the order of these steps; not the search, the clock or what b
 """
 
 import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from search.adapters import load_adapter
+from search.adapters import Adapter, load_adapter
+from search.balance import balanced_coefficients, find_misfits, relative_norms, update_products
 from search.base import LoadedBase, load_base
-from search.config import SearchConfig, config_hash
+from search.config import AdapterConfig, SearchConfig, config_hash
 from search.errors import InputError
 from search.evaluate import Scoring
 from search.files import sha256_file
@@ -36,6 +38,9 @@ from search.steering import (
 )
 from search.trace import TraceWriter
 
+SPREAD_AT_ZERO = 0.15
+"""First spread, in coefficients, around a start of 0, which has no half."""
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Setup:
@@ -48,6 +53,15 @@ class Setup:
     """First coefficients and their spread; neutral where there is no prior."""
     prior: dict[str, str] | None
     """`source` and `sha256` of the prior's file."""
+    balanced: FloatArray
+    """(n_adapters,) coefficients under which all updates are equally long."""
+    left_out: Mapping[str, str]
+    """Name of each adapter that is not in `parts`, though configured, and why."""
+
+    @property
+    def adapter_configs(self) -> list[AdapterConfig]:
+        """(n_adapters,) what the config says of the adapters in `parts`."""
+        return [adapter for adapter in self.config.adapters if adapter.name in self.parts.names]
 
     def describe(self) -> dict[str, Any]:
         """Return the trace's header: what the run depends on."""
@@ -58,6 +72,7 @@ class Setup:
             "seed": self.config.search.seed,
             "objective": objective_label(self.objective),
             "prior": self.prior,
+            "left_out": dict(self.left_out),
             **identify_parts(self.parts),
             "versions": library_versions(),
             "commit": checkout_commit(),
@@ -78,7 +93,7 @@ class Setup:
             seed=self.config.search.seed,
             positions=self.config.objective.positions,
         )
-        skeletons = [adapter.skeletons for adapter in self.config.adapters]
+        skeletons = [adapter.skeletons for adapter in self.adapter_configs]
         recorded = record.event("prompts")
         return prepare_prompts(self.parts, skeletons, request, settings.per_adapter, trace, recorded)
 
@@ -94,6 +109,7 @@ class Setup:
             scoring=scoring,
             weak_signal_nats=objective.weak_signal_nats,
             prior=self.first.start if self.prior else None,
+            balanced=self.balanced,
             recorded=record.event("signals"),
         )
         return prepare_steering(self.parts, prompts, request, trace)
@@ -123,24 +139,46 @@ def load_setup(
     base = base or load_base(
         config.base.source, revision=config.base.revision, device=config.device, dtype=config.base.dtype
     )
-    parts = assemble_parts(
+    parts = _assemble(base, adapters, config)
+    if left_out := _find_misfits(parts, config.search.max_relative_norm):
+        parts = _assemble(base, [a for a in parts.adapters if a.name not in left_out], config)
+    balanced = balanced_coefficients(update_products(parts.stacked))
+    first, prior = _choose_start(config, parts, balanced)
+    setup = Setup(config, parts, objective, first, prior, balanced, left_out)
+    _check_optimizer(setup)
+    return setup
+
+
+def _assemble(base: LoadedBase, adapters: Sequence[Adapter], config: SearchConfig) -> Parts:
+    return assemble_parts(
         base,
         adapters,
         base_name=config.base.name,
         kind=finest_grouping(config.search),
         layers_per_block=config.search.space.layers_per_block,
     )
-    first, prior = _choose_start(config, parts)
-    setup = Setup(config, parts, objective, first, prior)
-    _check_optimizer(setup)
-    return setup
 
 
-def _choose_start(config: SearchConfig, parts: Parts) -> tuple[PriorStart, dict[str, str] | None]:
+def _find_misfits(parts: Parts, limit: float | None) -> Mapping[str, str]:
+    """Return the adapters that no merge can use and why, with a warning; refuse (InputError) if all are."""
+    misfits = find_misfits(parts.names, relative_norms(parts.model, parts.stacked), limit)
+    found = "; ".join(f"{name}: {reason}" for name, reason in misfits.items())
+    if len(misfits) == len(parts.names):
+        raise InputError(f"no adapter can be merged: {found}. Check the files, or search.max_relative_norm.")
+    if misfits:
+        logging.getLogger(__name__).warning("left out of the merge: %s", found)
+    return misfits
+
+
+def _choose_start(
+    config: SearchConfig, parts: Parts, balanced: FloatArray
+) -> tuple[PriorStart, dict[str, str] | None]:
     """Return the neutral start, or the prior's."""
     settings = config.search
-    start: FloatArray = np.full(parts.shape, settings.start)
-    spread: FloatArray = np.full(parts.shape, settings.sigma)
+    row = balanced if settings.start == "balanced" else np.full(len(balanced), settings.start)
+    start: FloatArray = np.broadcast_to(row, parts.shape).copy()
+    half = np.where(start == 0, SPREAD_AT_ZERO, np.abs(start) / 2)
+    spread: FloatArray = half if settings.sigma is None else np.full(parts.shape, settings.sigma)
     if settings.prior is None:
         return PriorStart(start, spread, ()), None
     neutral = NeutralStart(
@@ -170,7 +208,7 @@ def _lift_to_zero(first: PriorStart) -> PriorStart:
 
 def _check_optimizer(setup: Setup) -> None:
     """Refuse an optimiser that cannot search one of the stages (InputError)."""
-    nobody_weak = confine_weak(np.zeros(len(setup.parts.names), dtype=bool))
+    nobody_weak = confine_weak(np.zeros(len(setup.parts.names), dtype=bool), setup.balanced)
     settings = setup.config.search
     for stage in plan_stages(setup.config, setup.parts.groups, len(setup.parts.names), nobody_weak):
         genome = np.zeros(stage.space.n_params)

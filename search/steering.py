@@ -24,7 +24,7 @@ from search.space import FloatArray
 from search.trace import TraceWriter
 
 WEAK_RANGE = 0.5, 1.5
-"""Bounds of a weak adapter's coefficients, times the uniform merge's 1 / n_adapters."""
+"""Bounds of a weak adapter's coefficients, times the balanced merge's."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -43,7 +43,9 @@ class SteeringRequest:
 
     scoring: Scoring
     weak_signal_nats: float
-    """An adapter that differs less from the base is confined to WEAK_RANGE / n_adapters."""
+    """An adapter that differs less from the base is confined to WEAK_RANGE around the balanced merge."""
+    balanced: FloatArray
+    """(n_adapters,) coefficients of the balanced merge."""
     prior: FloatArray | None
     """(n_groups, n_adapters) one more reference."""
     recorded: Mapping[str, Any] | None
@@ -62,7 +64,7 @@ class Steering:
     weak: tuple[str, ...]
     """Names of adapters whose prompts are too weak to steer by."""
     references: tuple[Finalist, ...]
-    """Base, uniform merge, the prior if there is one, and every single expert."""
+    """Base, uniform and balanced merge, the prior if there is one, and every single expert."""
     reference_scores: Scores
     """Of all references but the single experts, on the searched prompts."""
     searched_candidate_s: float
@@ -71,9 +73,9 @@ class Steering:
     """Seconds that one candidate takes on the unseen prompts."""
 
     def confine(self, start: FloatArray) -> FloatArray:
-        """Return first coefficients (n_groups, n_adapters), with 1 / n_adapters for weak adapters."""
+        """Return first coefficients (n_groups, n_adapters), with the balanced merge's for weak adapters."""
         weak = np.isfinite(self.bounds.low)
-        return np.where(weak, 1 / len(weak), start)
+        return np.where(weak, self.bounds.low / WEAK_RANGE[0], start)
 
 
 def prepare_prompts(
@@ -124,7 +126,7 @@ def prepare_steering(
     is_weak = ~(peak_kl >= request.weak_signal_nats)  # NaN is weak too
     if request.recorded is not None:
         is_weak = np.isin(parts.names, request.recorded["weak"])
-    bounds = confine_weak(is_weak)
+    bounds = confine_weak(is_weak, request.balanced)
     weak = tuple(name for name, flag in zip(parts.names, is_weak, strict=True) if flag)
     trace.event(
         "signals",
@@ -142,7 +144,7 @@ def prepare_steering(
         for part, own in zip(both, signals, strict=True)
     )
     _refuse_no_numbers(parts.names, searched, unseen)
-    references = make_references(parts.shape[0], parts.names, request.prior)
+    references = make_references(parts.shape[0], parts.names, request.balanced, request.prior)
     n_general = len(references) - len(parts.names)
     scores, searched_candidate_s = _score_references(searched, references[:n_general], trace)
     unseen_candidate_s = searched_candidate_s * prompts.unseen.n_tokens / prompts.searched.n_tokens
@@ -151,10 +153,15 @@ def prepare_steering(
     )
 
 
-def confine_weak(is_weak: NDArray[np.bool_]) -> Bounds:
-    """Return the bounds of all adapters: weak ones (n_adapters,) stay near uniform, others are free."""
+def confine_weak(is_weak: NDArray[np.bool_], balanced: FloatArray) -> Bounds:
+    """Return the bounds of all adapters: weak ones stay near the balanced merge, others are free.
+
+    Args:
+        is_weak: (n_adapters,).
+        balanced: (n_adapters,) coefficients of the balanced merge.
+    """
     factors = zip(WEAK_RANGE, (-np.inf, np.inf), strict=True)
-    return Bounds(*(np.where(is_weak, factor / len(is_weak), free) for factor, free in factors))
+    return Bounds(*(np.where(is_weak, factor * balanced, free) for factor, free in factors))
 
 
 def _warn_of_weak_prompts(
@@ -164,7 +171,7 @@ def _warn_of_weak_prompts(
     if weak:
         logging.getLogger(__name__).warning(
             "WEAK SIGNAL: nowhere in their own prompts do %d of %d adapters differ from the base by %g nats: "
-            "%s. Their coefficients stay near the uniform merge. Give them `skeletons:` in the config.",
+            "%s. Their coefficients stay near the balanced merge. Give them `skeletons:` in the config.",
             len(weak),
             len(names),
             weak_signal_nats,

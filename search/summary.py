@@ -34,6 +34,8 @@ class RunFacts:
     """Of the run; the finalists may be interrupted where the search was not."""
     n_unseen: Sequence[int]
     """(n_adapters,) prompts that the search has not seen."""
+    left_out: Mapping[str, str]
+    """Name of each adapter that is not in the merge at all, and why."""
     weak: Sequence[str]
     """Names of adapters whose prompts are too weak to steer by."""
     back_offs: Sequence[Mapping[str, int]]
@@ -53,6 +55,7 @@ def write_summary(facts: RunFacts) -> str:
         f"ended by {ENDINGS[facts.ended_by]}",
         *_describe_experts(facts, agreement),
     ]
+    lines += [f"left out, coefficient 0: {name}: {reason}" for name, reason in facts.left_out.items()]
     if facts.weak:
         lines.append(_describe_weak(facts))
     if facts.back_offs:
@@ -80,7 +83,7 @@ def _describe_experts(facts: RunFacts, agreement: FloatArray | None) -> list[str
 
 def _describe_weak(facts: RunFacts) -> str:
     if len(facts.weak) == len(facts.names):
-        found = "weak signal from all adapters: the result is essentially the uniform merge."
+        found = "weak signal from all adapters: the result is close to the balanced merge."
     else:
-        found = f"weak signal, kept near the uniform merge: {', '.join(facts.weak)}."
+        found = f"weak signal, kept near the balanced merge: {', '.join(facts.weak)}."
     return f"{found} Give them `skeletons:` in the config."

@@ -110,7 +110,7 @@ def generation_table(trace: Trace) -> pd.DataFrame:
 
 
 def reference_table(trace: Trace) -> pd.DataFrame:
-    """Return the losses on the searched prompts of what needs no search, by name: base, uniform, prior.
+    """Return the losses on the searched prompts of what needs no search: base, uniform, balanced, prior.
 
     Column: `loss`. Empty where the run was ended before they were scored.
     """
@@ -155,15 +155,15 @@ def finalist_table(trace: Trace) -> pd.DataFrame:
 def expert_table(trace: Trace) -> pd.DataFrame:
     """Return each expert's disagreement over the base's, before and after: 0 is the expert, 1 the base.
 
-    Index: the expert. Columns: those that are known of `base`, `uniform`, `prior` and `winner` (`best so
-    far` where there are no finalists), all on the same `prompts` ("unseen" or "searched"); `peak_kl_nats`
-    (nats, how much the expert's prompts tell it from the base) and `weak` (whether that is too little to
+    Index: the expert. Columns: those that are known of `base`, `uniform`, `balanced`, `prior` and `winner`
+    (`best so far` where there are no finalists), all on the same `prompts` ("unseen" or "searched");
+    `peak_kl_nats` (nats, how much the expert's prompts tell it from the base) and `weak` (whether that is too little to
     search by).
     """
     experts = expert_names(trace)
     event = ending_event(trace, "finalists") or trace.last("references") or {"names": [], "per_expert": []}
     rows = dict(zip(event["names"], event["per_expert"], strict=True))
-    shown = {name: rows[name] for name in ("base", "uniform", "prior") if name in rows}
+    shown = {name: rows[name] for name in ("base", "uniform", "balanced", "prior") if name in rows}
     if winner := event.get("winner"):
         shown["winner"] = rows[winner]
     elif (best := best_candidate(trace)) is not None:
@@ -288,7 +288,7 @@ def _rung_losses(generation: Generation, rung: Mapping[str, Any]) -> list[float]
 
 
 def _kind_of_finalist(name: str) -> str:
-    if name in ("base", "uniform", "prior"):
+    if name in ("base", "uniform", "balanced", "prior"):
         return "reference"
     return "expert" if name.startswith("expert ") else "candidate"
 

@@ -25,7 +25,7 @@ LAYERS = (
     {"adapters", "archive", "base", "finalists", "gradient", "movement", "optimizer", "plugin", "priors"}
     | {"racing", "report", "settings", "tables"},
     {"config", "figures", "figures_genomes", "finding", "loop", "prior_learning", "recorded", "stack"},
-    {"forecast", "merge", "parts", "population", "progress", "resume", "stages", "summary"},
+    {"balance", "forecast", "merge", "parts", "population", "progress", "resume", "stages", "summary"},
     {"compress", "delivery", "diagnosis", "drafts", "planning"},
     {"diagnosis_text", "export", "prompts"},
     {"experts"},
