@@ -157,8 +157,8 @@ def expert_table(trace: Trace) -> pd.DataFrame:
 
     Index: the expert. Columns: those that are known of `base`, `uniform`, `balanced`, `prior` and `winner`
     (`best so far` where there are no finalists), all on the same `prompts` ("unseen" or "searched");
-    `peak_kl_nats` (nats, how much the expert's prompts tell it from the base) and `weak` (whether that is too little to
-    search by).
+    `peak_kl_nats` (nats, how much the expert's prompts tell it from the base) and `weak` (whether that is
+    too little to search by).
     """
     experts = expert_names(trace)
     event = ending_event(trace, "finalists") or trace.last("references") or {"names": [], "per_expert": []}
