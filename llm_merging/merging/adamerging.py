@@ -13,6 +13,7 @@ from llm_merging.merging.prompted import PromptedSearch, prompted_search
 from search.errors import InputError
 from search.evaluate import Scoring
 from search.gradient import Descent, adam_descend
+from search.groups import Groups, group_modules
 from search.loop import Scores
 from search.space import FloatArray
 
@@ -28,8 +29,8 @@ class AdaMerging(Merges):
 
     Yang et al. 2023 (arXiv:2310.02575), section 3.2, layer-wise; by Adam from 0.3, in [0, 1], as in its code.
     Not as there: the inputs are not unlabelled test data but the prompts that the experts write for my_merge,
-    all of them in each step; a layer is one of my_merge's groups, not one parameter; the learning rate is
-    0.02, not 1e-3, as a time box has room for tens to hundreds of steps; and of all visited points the one of
+    all of them in each step; a layer is a decoder layer, not one parameter of it; the learning rate is 0.02,
+    not 1e-3, as a time box has room for tens to hundreds of steps; and of all visited points the one of
     lowest loss is kept, not the last. Each expert counts the same, however many positions it has.
     """
 
@@ -37,14 +38,15 @@ class AdaMerging(Merges):
         """Descend until the time box or the limits end it, write the merge and fold it into the base."""
         self._load_everything()
         with prompted_search(self) as search:
-            nats = math.log(search.signals.logp.shape[-1])
-            descent = descend_entropy(search, nats)
+            parts, nats = search.setup.parts, math.log(search.signals.logp.shape[-1])
+            groups = group_modules(parts.groups.group_of, "layer")
+            descent = descend_entropy(search, groups, nats)
             first, best = descent.losses[0] * nats, descent.best_loss * nats
             deliver_coefficients(
                 self,
-                search.setup.parts.adapters,
+                parts.adapters,
                 descent.best,
-                search.setup.parts.groups,
+                groups,
                 objective={"name": "entropy_minimisation", "combine": "mean", "loss": best},
                 provenance=search.provenance(),
             )
@@ -53,7 +55,7 @@ class AdaMerging(Merges):
         self.report = f"adamerging: mean entropy {best:.4f} nats after {steps} steps, {first:.4f} before"
 
 
-def descend_entropy(search: PromptedSearch, floor_nats: float) -> Descent:
+def descend_entropy(search: PromptedSearch, groups: Groups, floor_nats: float) -> Descent:
     """Minimise the mean entropy, in units of `floor_nats`, over coefficients (n_groups, n_adapters).
 
     Args:
@@ -70,7 +72,7 @@ def descend_entropy(search: PromptedSearch, floor_nats: float) -> Descent:
         floor_nats=floor_nats,
         tokens_per_forward=tokens_per_forward,
     )
-    evaluator = search.evaluator(scoring)
+    evaluator = search.evaluator(scoring, groups)
 
     def gradient_of(coefficients: FloatArray) -> tuple[float, FloatArray]:
         if not search.may_go_on(1):
@@ -80,7 +82,7 @@ def descend_entropy(search: PromptedSearch, floor_nats: float) -> Descent:
         search.record(coefficients.reshape(1, -1), scores)
         return found.loss, found.gradient
 
-    start = np.full(search.setup.parts.shape, START)
+    start = np.full((len(groups.names), search.setup.parts.shape[1]), START)
     descent = adam_descend(
         gradient_of, start, steps=MAX_STEPS + 1, learning_rate=LEARNING_RATE, low=LOW, high=HIGH
     )

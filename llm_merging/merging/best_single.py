@@ -8,7 +8,7 @@ import numpy as np
 from llm_merging.merging.coefficients import deliver_coefficients
 from llm_merging.merging.Merges import Merges
 from llm_merging.merging.prompted import prompted_search
-from search.finalists import SINGLE, make_references, stack_coefficients
+from search.finalists import SINGLE
 from search.objective import objective_label
 
 
@@ -24,13 +24,12 @@ class BestSingle(Merges):
         self._load_everything()
         with prompted_search(self) as search:
             setup, parts = search.setup, search.setup.parts
-            references = make_references(parts.shape[0], parts.names)
-            singles = [reference for reference in references if reference.name.startswith(SINGLE)]
-            tables = stack_coefficients(singles)
+            n_groups, n_experts = parts.shape
+            tables = np.repeat(np.eye(n_experts)[:, None], n_groups, axis=1)  # one expert each
             scores = search.evaluator().score(tables)
-            search.record(tables.reshape(len(tables), -1), scores)
+            search.record(tables.reshape(n_experts, -1), scores)
             best = int(np.argsort(scores.losses, kind="stable")[0])  # NaN last
-            winner, loss = singles[best].name, float(scores.losses[best])
+            winner, loss = SINGLE + parts.names[best], float(scores.losses[best])
             deliver_coefficients(
                 self,
                 parts.adapters,

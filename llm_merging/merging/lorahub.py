@@ -62,14 +62,14 @@ class LoraHub(UpdateMerge):
         Raises:
             InputError: when no candidate has a finite loss.
         """
-        sums = CrossSums(adapters, self.base_model)
         with prompted_search(self) as search:
+            parts, configured = search.setup.parts, search.setup.config.objective
+            sums = CrossSums(parts.adapters, self.base_model)
             weights, penalised, per_expert = search_weights(search, sums)
-            configured = search.setup.config.objective
             objective = {"name": objective_label(search.setup.objective), "combine": configured.combine}
             loss = penalised - penalty(weights)
             self._found = {
-                "weights": dict(zip((a.name for a in adapters), weights.tolist(), strict=True)),
+                "weights": dict(zip(parts.names, weights.tolist(), strict=True)),
                 "objective": {**objective, "loss": loss, "per_expert": per_expert.tolist()},
             }
             self._provenance = search.provenance()

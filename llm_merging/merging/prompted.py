@@ -14,6 +14,7 @@ from llm_merging.merging.Merges import Merges
 from search.delivery import rehearse_merge
 from search.evaluate import PopulationEvaluator, Scoring
 from search.experts import ExpertSignals, expert_signals
+from search.groups import Groups
 from search.loop import CAUTION, EndedBy, Scores
 from search.prompts import PromptSet
 from search.recorded import TRACE_FILE
@@ -44,17 +45,16 @@ class PromptedSearch:
     ended_by: EndedBy | None = None
     """What did not let the search go on."""
 
-    def evaluator(self, scoring: Scoring | None = None) -> PopulationEvaluator:
-        """Return what scores candidates, as configured or by `scoring`."""
+    def evaluator(self, scoring: Scoring | None = None, groups: Groups | None = None) -> PopulationEvaluator:
+        """Return what scores candidates, as configured, or by `scoring` and in `groups`."""
         settings, parts = self.setup.config, self.setup.parts
         configured = Scoring(
             objective=self.setup.objective,
             combine=settings.objective.combine,
             tokens_per_forward=settings.search.tokens_per_forward,
         )
-        return PopulationEvaluator(
-            parts.model, parts.stacked, parts.groups, self.prompts, self.signals, scoring or configured
-        )
+        groups, scoring = groups or parts.groups, scoring or configured
+        return PopulationEvaluator(parts.model, parts.stacked, groups, self.prompts, self.signals, scoring)
 
     def may_go_on(self, n_candidates: int) -> bool:
         """Whether so many more candidates fit the limit and the clock; the first ones always do."""
@@ -95,6 +95,8 @@ class PromptedSearch:
 @contextmanager
 def prompted_search(method: Merges) -> Iterator[PromptedSearch]:
     """Write prompts and take signals, with base and tokenizer loaded, as `search.phases` does; keep a trace.
+
+    An adapter that my_merge leaves out before its search is not in `setup.parts` either.
 
     The time box is my_merge's, less what writing the merge takes. There are no finalists to keep time for, so
     that a method may search longer than my_merge by that.
