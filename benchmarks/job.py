@@ -1,4 +1,4 @@
-"""Run the whole main job in processes of their own, each pinned to its own cores, and score the answers.
+"""Run things in processes of their own, each pinned to its own cores: the main job, whose answers it scores.
 
 Knows commands, cores and files; not which runs are wanted or how a method works.
 """
@@ -11,13 +11,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -50,11 +50,14 @@ class Job:
     """The tasks that its experts can be asked for."""
 
 
+Wanted = TypeVar("Wanted")
+
+
 @dataclass(frozen=True, slots=True)
-class Outcome:
+class Outcome(Generic[Wanted]):
     """What became of a job: measures, or how it failed."""
 
-    job: Job
+    job: Wanted
     measures: dict[str, Any]
     failure: str = ""
 
@@ -74,8 +77,22 @@ def split_cores(available: Sequence[int], n_jobs: int, n_cores: int) -> list[set
     return [set(cores[start : start + n_cores]) for start in range(0, n_jobs * n_cores, n_cores)]
 
 
-def run_jobs(jobs: Sequence[Job], core_sets: Sequence[set[int]], folder: Path) -> Iterator[Outcome]:
-    """Run jobs, one on each set of cores at a time; yield each as it ends, whether it worked or not."""
+def run_jobs(jobs: Sequence[Job], core_sets: Sequence[set[int]], folder: Path) -> Iterator[Outcome[Job]]:
+    """Run the main job for each, as `run_pinned` does."""
+    return run_pinned(jobs, core_sets, folder, run_job)
+
+
+def run_pinned(
+    jobs: Sequence[Wanted],
+    core_sets: Sequence[set[int]],
+    folder: Path,
+    run: Callable[[Wanted, Path, set[int]], Outcome[Wanted]],
+) -> Iterator[Outcome[Wanted]]:
+    """Run jobs, one on each set of cores at a time; yield each as it ends, whether it worked or not.
+
+    Args:
+        run: a job, a folder for it alone, and a set that has the ids of its processes while they run.
+    """
     free: SimpleQueue[set[int]] = SimpleQueue()
     for cores in core_sets:
         free.put(cores)
@@ -85,7 +102,7 @@ def run_jobs(jobs: Sequence[Job], core_sets: Sequence[set[int]], folder: Path) -
 
     running: set[int] = set()
     with ThreadPoolExecutor(len(core_sets), initializer=pin) as pool:
-        futures = [pool.submit(run_job, job, folder / f"run-{i}", running) for i, job in enumerate(jobs)]
+        futures = [pool.submit(run, job, folder / f"run-{i}", running) for i, job in enumerate(jobs)]
         try:
             for future in as_completed(futures):
                 yield future.result()
@@ -96,7 +113,7 @@ def run_jobs(jobs: Sequence[Job], core_sets: Sequence[set[int]], folder: Path) -
                     os.kill(pid, signal.SIGKILL)
 
 
-def run_job(job: Job, output: Path, running: set[int]) -> Outcome:
+def run_job(job: Job, output: Path, running: set[int]) -> Outcome[Job]:
     """Run one job on the cores of this thread; return its measures and cost, or how it failed.
 
     Args:
@@ -104,8 +121,27 @@ def run_job(job: Job, output: Path, running: set[int]) -> Outcome:
     """
     command = [sys.executable, str(ROOT / "llm_merging/main.py"), "-m", job.method]
     command += ["--config", str(job.config), "--seed", str(job.seed), "--output_folder", str(output)]
+    log_text, cost, failure = run_process(command, output.with_suffix(".log"), running)
+    if failure:
+        return Outcome(job, cost, failure)
+    try:
+        answers = score_answers(output / "test.csv", job.scores, job.held_in)
+        return Outcome(job, {**answers, **search_facts(output / job.method, log_text), **cost})
+    except InputError as error:
+        return Outcome(job, cost, f"{error}")
+    finally:
+        shutil.rmtree(output)  # megabytes a run
+
+
+def run_process(
+    command: Sequence[str], log_path: Path, running: set[int]
+) -> tuple[str, dict[str, float], str]:
+    """Run a command in the checkout, on the cores of this thread and without a GPU.
+
+    Returns:
+        What it wrote, its `seconds` and `peak_mb`, and how it failed, "" if it did not.
+    """
     started_s = time.monotonic()
-    log_path = output.with_suffix(".log")
     with log_path.open("w", encoding="utf-8") as log:
         process = subprocess.Popen(
             command, cwd=ROOT, env=job_environment(), stdout=log, stderr=subprocess.STDOUT
@@ -117,16 +153,8 @@ def run_job(job: Job, output: Path, running: set[int]) -> Outcome:
     process.returncode = os.waitstatus_to_exitcode(status)
     log_text = log_path.read_text(encoding="utf-8", errors="replace")
     cost = {"seconds": seconds, "peak_mb": round(usage.ru_maxrss / 1000)}
-    if process.returncode != 0:
-        failure = f"{' '.join(command)} exited with {process.returncode}: {log_text[-LOG_LETTERS:]}"
-        return Outcome(job, cost, failure)
-    try:
-        answers = score_answers(output / "test.csv", job.scores, job.held_in)
-        return Outcome(job, {**answers, **search_facts(output / job.method, log_text), **cost})
-    except InputError as error:
-        return Outcome(job, cost, f"{error}")
-    finally:
-        shutil.rmtree(output)  # megabytes a run
+    failure = f"{' '.join(command)} exited with {process.returncode}: {log_text[-LOG_LETTERS:]}"
+    return log_text, cost, failure if process.returncode else ""
 
 
 def job_environment() -> dict[str, str]:

@@ -83,14 +83,14 @@ def run_missing(arguments: argparse.Namespace) -> int:
     return n_failed
 
 
-def make_row(outcome: Outcome, identity: dict[str, Any], machine: dict[str, Any]) -> dict[str, Any]:
+def make_row(outcome: Outcome[Job], identity: dict[str, Any], machine: dict[str, Any]) -> dict[str, Any]:
     """Return the line of one run."""
     experts = {"held_in_tasks": outcome.job.held_in, "worthless": worthless_adapters(outcome.job.experts)}
     failure = {"failure": outcome.failure} if outcome.failure else {}
     return {**identity, **experts, **outcome.measures, **failure, **machine}
 
 
-def format_outcome(outcome: Outcome) -> str:
+def format_outcome(outcome: Outcome[Job]) -> str:
     """One line for people, shares in percent."""
     job, found = outcome.job, outcome.measures
     start = f"{job.experts:16}{job.method:18}{job.seed:>3}"
