@@ -6,6 +6,7 @@ Knows the lines that benchmarks.quality and benchmarks.labelled write; runs and 
 from collections.abc import Sequence
 
 from benchmarks.intervals import Estimate, estimate_mean
+from benchmarks.markdown import format_number, format_share, table_head, table_line
 from benchmarks.rows import Row, measured
 
 UNIFORM, SEARCH = "uniform_average", "my_merge"
@@ -41,15 +42,12 @@ def by_method(rows: Sequence[Row]) -> dict[str, list[Row]]:
 
 def method_table(rows: Sequence[Row]) -> str:
     """Return the table of one variant's methods, those that use labels marked and last."""
-    lines = [
-        _line(["merge", *SHARES.values(), *COSTS.values(), "n"]),
-        _rule(1 + len(SHARES) + len(COSTS) + 1),
-    ]
+    lines = table_head(["merge", *SHARES.values(), *COSTS.values(), "n"])
     for method, own in by_method(rows).items():
         label = f"{method} (labels)" if own[0].get("labels") else f"`{method}`"
-        shares = [_share(estimates(own, name)) for name in SHARES]
-        costs = [_number(estimates(own, name)) for name in COSTS]
-        lines.append(_line([label, *shares, *costs, str(len(own))]))
+        shares = [format_share(estimates(own, name)) for name in SHARES]
+        costs = [format_number(estimates(own, name)) for name in COSTS]
+        lines.append(table_line([label, *shares, *costs, str(len(own))]))
     return "\n".join(lines)
 
 
@@ -59,7 +57,7 @@ def set_table(rows: Sequence[Row], names: Sequence[str]) -> str:
     The weight of experts that deserve none is told in shares of the others' mean.
     """
     columns = ("experts", "tasks", "uniform N", "search N", "search - uniform", "least of seeds")
-    lines = [_line([*columns, "weight of the worthless", "n"]), _rule(len(columns) + 2)]
+    lines = table_head([*columns, "weight of the worthless", "n"])
     for name in names:
         own = [row for row in rows if row["experts"] == name]
         uniform = estimates([row for row in own if row["method"] == UNIFORM], "held_in_N")
@@ -67,9 +65,15 @@ def set_table(rows: Sequence[Row], names: Sequence[str]) -> str:
         if found is None or uniform is None:
             continue
         gain, weights = estimate_mean(gains(own)), worthless_weights(own)
-        cells = [name, str(len(own[0]["held_in_tasks"])), _share(uniform), _share(found), _share(gain)]
-        cells += [f"{100 * gain.least:+.1f}", _share(estimate_mean(weights) if weights else None)]
-        lines.append(_line([*cells, str(found.n)]))
+        cells = [
+            name,
+            str(len(own[0]["held_in_tasks"])),
+            format_share(uniform),
+            format_share(found),
+            format_share(gain),
+        ]
+        cells += [f"{100 * gain.least:+.1f}", format_share(estimate_mean(weights) if weights else None)]
+        lines.append(table_line([*cells, str(found.n)]))
     return "\n".join(lines)
 
 
@@ -107,10 +111,10 @@ def quality_text(rows: Sequence[Row], variants: Sequence[str], sets: Sequence[st
     parts.append(f"![Held-in and held-out quality against seconds, a marker for each method]({figure})")
     if any(row["experts"] in sets for row in good):
         parts += ["Other sets of experts, N over the tasks of the set:", set_table(good, sets)]
-    return "\n\n".join([*parts, _where(rows)])
+    return "\n\n".join([*parts, describe_runs(rows)])
 
 
-def _where(rows: Sequence[Row]) -> str:
+def describe_runs(rows: Sequence[Row]) -> str:
     """Say on what machines, with what code and settings, and what failed."""
     told = [
         f"{title}: {'; '.join(found)}."
@@ -125,25 +129,3 @@ def _where(rows: Sequence[Row]) -> str:
 
 def _distinct(rows: Sequence[Row], key: str) -> list[str]:
     return sorted({str(row[key]) for row in rows if row.get(key) is not None})
-
-
-def _share(found: Estimate | None) -> str:
-    if found is None:
-        return "-"
-    return f"{100 * found.mean:.1f}" + _interval(100 * found.low, 100 * found.high, found, ".1f")
-
-
-def _number(found: Estimate | None) -> str:
-    return "-" if found is None else f"{found.mean:,.0f}" + _interval(found.low, found.high, found, ",.0f")
-
-
-def _interval(low: float, high: float, found: Estimate, spec: str) -> str:
-    return f" ({low:{spec}} to {high:{spec}})" if found.n > 1 and found.low != found.high else ""
-
-
-def _line(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
-
-
-def _rule(n_columns: int) -> str:
-    return _line(["---", *["---:"] * (n_columns - 1)])
