@@ -64,7 +64,7 @@ def search_labels(setup: Setup, losses_of: LossesOf, path: Path) -> tuple[FloatA
     Returns:
         Coefficients (n_groups, n_adapters) of the best of archive and mean, and what the search spent.
     """
-    free = confine_weak(np.zeros(len(setup.parts.names), dtype=bool))
+    free = confine_weak(np.zeros(len(setup.parts.names), dtype=bool), setup.balanced)
     evaluator = LabelEvaluator(losses_of)
     with TraceWriter(path) as trace:
         trace.header(setup.describe())

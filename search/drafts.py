@@ -74,8 +74,8 @@ class DraftWriter:
         for slot in range(max((len(draft.skeleton.slots) for draft in drafts), default=0)):
             self._fill([d for d in drafts if not d.problem and slot < len(d.skeleton.slots)], slot)
         ready = [draft for draft in drafts if not draft.problem]
-        self._answer([draft for draft in ready if draft.is_free], self._settings.temperature)
-        self._answer([draft for draft in ready if not draft.is_free], 0.0)
+        self.answer([draft for draft in ready if draft.is_free], self._settings.temperature)
+        self.answer([draft for draft in ready if not draft.is_free], 0.0)
 
     def _fill(self, drafts: list[Draft], slot: int) -> None:
         """Let the base write one slot of each draft, until the literal after it comes up."""
@@ -93,7 +93,7 @@ class DraftWriter:
             draft.text += filling + following[row]
             draft.problem = _find_problem(tokens, filling)
 
-    def _answer(self, drafts: list[Draft], temperature: float) -> None:
+    def answer(self, drafts: Sequence[Draft], temperature: float) -> None:
         """Let each draft's expert go on after its text, to its end."""
         experts = torch.zeros(len(drafts), len(self._groups.names), self._stacked.n_adapters)
         for row, draft in enumerate(drafts):
