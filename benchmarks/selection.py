@@ -1,9 +1,10 @@
 """Can prompts be chosen without knowing what an adapter is for?
 
 `python -m benchmarks.selection --variants answer mixed --seeds 0 1` lets the base write a pool of questions
-in TEMPLATE, the same for all, every slot filled by the base. Each expert answers all of them and keeps some, by
-a criterion that looks at models only. A search on what was kept starts from the balanced merge, free or held
-near it; the truth about its result is one line of JSON. Knows criteria; search, objective and truth are others'.
+in TEMPLATE, the same for all, every slot filled by the base. Each expert answers all of them and keeps some,
+by a criterion that looks at models only. A search on what was kept starts from the balanced merge, free or
+held near it; the truth about its result is one line of JSON. Knows criteria; search, objective and the
+truth are others'.
 """
 
 import argparse
