@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from search.space import FloatArray
-from search.stack import StackedFactors, StackedModule, at_least_float32
+from search.stack import StackedFactors, StackedModule
 
 
 def update_products(stacked: StackedFactors) -> FloatArray:
@@ -26,14 +26,17 @@ def update_products(stacked: StackedFactors) -> FloatArray:
 
 
 def relative_norms(model: Any, stacked: StackedFactors) -> FloatArray:
-    """Return (n_adapters,): ||Delta_i|| / ||W|| (Frobenius), the median over the modules that i touches."""
+    """Return (n_adapters,): ||Delta_i|| / ||W|| (Frobenius), the median over the modules that i changes.
+
+    0 for an adapter that changes none, whose update is zero in all of its modules.
+    """
     shares: list[list[float]] = [[] for _ in stacked.names]
     for name, module in stacked.modules.items():
         weight_norm = float(model.get_submodule(name).weight.to(torch.float32).norm())
         norms = _module_products(module, stacked.n_adapters).diagonal().clamp_min(0).sqrt()
-        for adapter in sorted(set(module.owner.tolist())):
+        for adapter in norms.nonzero().flatten().tolist():  # NaN is not zero
             shares[adapter].append(float(norms[adapter]) / max(weight_norm, torch.finfo(torch.float32).tiny))
-    return np.array([np.median(own) for own in shares])
+    return np.array([np.median(own) if own else 0.0 for own in shares])
 
 
 def balanced_coefficients(products: FloatArray) -> FloatArray:
@@ -81,7 +84,7 @@ def find_misfits(names: tuple[str, ...], norms: FloatArray, limit: float | None)
 
 def _module_products(module: StackedModule, n_adapters: int) -> Tensor:
     """<Delta_i, Delta_j> of one module, (n_adapters, n_adapters), float64 on the CPU."""
-    A, B = (factor.to(at_least_float32(factor.dtype)) for factor in (module.A, module.B))
+    A, B = module.A.cpu().double(), module.B.cpu().double()  # a broken adapter's would overflow float32
     gram = (B.T @ B) * (A @ A.T)  # (total_rank, total_rank); tr(A_i.T B_i.T B_j A_j) sums a block of it
     member = torch.nn.functional.one_hot(module.owner.cpu(), n_adapters).double()
-    return member.T @ gram.double().cpu() @ member
+    return member.T @ gram @ member

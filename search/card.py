@@ -190,7 +190,7 @@ def _provenance(document: dict[str, Any]) -> str:
 
 def _flat(value: Any) -> str:
     if isinstance(value, dict):
-        return ", ".join(f"{key} {_flat(item)}" for key, item in value.items())
+        return ", ".join(f"{key} {_flat(item)}" for key, item in value.items()) or "none"
     return _number(value) if isinstance(value, float) else "unknown" if value is None else str(value)
 
 

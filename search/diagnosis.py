@@ -3,7 +3,7 @@
 Knows the facts and the settings that they follow from; not how any of it was measured, nor how it is shown.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from search.forecast import Forecast, SearchPlan, Timetable
@@ -107,6 +107,8 @@ class Diagnosis:
 
     base: BaseFacts
     adapters: tuple[AdapterFacts, ...]
+    left_out: Mapping[str, str]
+    """Name of each adapter that no merge can use, and why."""
     weak_signal_nats: float
     groups: tuple[str, ...]
     """(n_groups,) rows of the coefficients."""

@@ -75,6 +75,7 @@ def _diagnose(setup: Setup, trial: Trial, reserve_s: float, load_s: float) -> Di
     return Diagnosis(
         base=_describe_base(setup.parts),
         adapters=_describe_adapters(setup, trial),
+        left_out=dict(setup.left_out),
         weak_signal_nats=setup.config.objective.weak_signal_nats,
         groups=setup.parts.groups.names,
         stages=_describe_stages(setup, trial.steering),

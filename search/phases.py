@@ -133,13 +133,13 @@ class Phases:
     def _search(self, steering: Steering) -> Found:
         self._phase("search")
         first = self._setup.first
-        start = steering.confine(first.start)
-        began = self._record.event("search")
-        search_s = self._box.left_s() if began is None else began["left_s"]
+        start, spread, search_s = steering.confine(first.start), first.spread, self._box.left_s()
+        if began := self._record.event("search"):  # to the last bit: the recorded genomes follow from it
+            start, spread, search_s = np.array(began["start"]), np.array(began["spread"]), began["left_s"]
         self._trace.event(
             "search",
             start=start,
-            spread=first.spread,
+            spread=spread,
             prior=self._setup.describe_prior(),
             left_s=search_s,
             elapsed_s=self._box.elapsed_s(),
@@ -155,7 +155,7 @@ class Phases:
             on_generation=show,
             interrupted=lambda: self._interruption.requested,
         )
-        found = run_stages(self._plan_search(steering, search_s), start, first.spread, tools)
+        found = run_stages(self._plan_search(steering, search_s), start, spread, tools)
         self._trace.event(
             "search_ended",
             ended_by=found.ended_by,

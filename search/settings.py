@@ -7,7 +7,16 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    ValidatorFunctionWrapHandler,
+    field_validator,
+    model_validator,
+)
 
 from search.locate import locate_file, search_roots
 
@@ -126,6 +135,14 @@ class SearchSettings(ConfigSection):
         """The prior's file, where there is one."""
         return Path(self.prior or "")
 
+    @field_validator("start", mode="wrap")
+    @classmethod
+    def _check_start(cls, start: Any, check: ValidatorFunctionWrapHandler) -> Any:
+        try:
+            return check(start)
+        except ValidationError:  # one of a union's would name types
+            raise ValueError(f"found {start!r}; it should be 'balanced' or a finite number") from None
+
     @field_validator("prior")
     @classmethod
     def _locate_prior(cls, prior: str | None, info: ValidationInfo) -> str | None:
@@ -165,7 +182,7 @@ class ObjectiveSettings(ConfigSection):
     positions: Literal["auto", "all", "answer"] = "auto"
     """Tokens that count; "auto" is the answer's where there is a skeleton, else all."""
     weak_signal_nats: Annotated[float, Field(ge=0)] = 0.5
-    """An adapter that nowhere differs more from the base, on its prompts, stays near the uniform merge."""
+    """An adapter that nowhere differs more from the base, on its prompts, stays near the balanced merge."""
 
     @field_validator("name")
     @classmethod

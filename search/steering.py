@@ -49,7 +49,7 @@ class SteeringRequest:
     prior: FloatArray | None
     """(n_groups, n_adapters) one more reference."""
     recorded: Mapping[str, Any] | None
-    """The event `signals` of an earlier run: which adapters were weak is not decided anew."""
+    """The event `signals` of an earlier run: who is weak, and the bounds, are not decided anew."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -124,9 +124,9 @@ def prepare_steering(
     signals = [expert_signals(parts.model, parts.stacked, parts.groups, part, budget) for part in both]
     peak_kl = signals[0].peak_kl
     is_weak = ~(peak_kl >= request.weak_signal_nats)  # NaN is weak too
-    if request.recorded is not None:
-        is_weak = np.isin(parts.names, request.recorded["weak"])
     bounds = confine_weak(is_weak, request.balanced)
+    if request.recorded is not None:
+        is_weak, bounds = np.isin(parts.names, request.recorded["weak"]), _read_bounds(request.recorded)
     weak = tuple(name for name, flag in zip(parts.names, is_weak, strict=True) if flag)
     trace.event(
         "signals",
@@ -162,6 +162,12 @@ def confine_weak(is_weak: NDArray[np.bool_], balanced: FloatArray) -> Bounds:
     """
     factors = zip(WEAK_RANGE, (-np.inf, np.inf), strict=True)
     return Bounds(*(np.where(is_weak, factor * balanced, free) for factor, free in factors))
+
+
+def _read_bounds(recorded: Mapping[str, Any]) -> Bounds:
+    """Take bounds from the event `signals`, to the last bit: the recorded genomes follow from them."""
+    ends = zip(("low", "high"), (-np.inf, np.inf), strict=True)
+    return Bounds(*(np.array([free if x is None else x for x in recorded[key]]) for key, free in ends))
 
 
 def _warn_of_weak_prompts(

@@ -149,5 +149,6 @@ class Steps:
                 "seed": setup.config.search.seed,
                 "trace": TRACE_FILE,
                 "evaluations": self._n_evaluations,
+                "left_out": dict(setup.left_out),
             },
         )

@@ -50,6 +50,7 @@ def diagnosis(*, max_evaluations=320, **changes):
             id="zoo/base", n_parameters=4_900_000, dtype="float32", device="cpu", device_name=None
         ),
         adapters=(MATHS, replace(MATHS, name="code")),
+        left_out={},
         weak_signal_nats=0.5,
         groups=("layer.0", "layer.1"),
         stages=(StageFacts(groups="layer", genome="full", n_params=4, optimizer="CMA, full covariance"),),
@@ -155,6 +156,16 @@ def test_the_tables_are_aligned_and_show_what_would_run():
     assert not [line for line in text.splitlines() if line != line.rstrip()]
 
 
+def test_what_is_left_out_is_shown_with_its_reason():
+    text = describe_diagnosis(diagnosis(left_out={"chess": "its update is zero", "go": "too large"}))
+    lines = [line for line in text.splitlines() if line.startswith("left out")]
+    assert lines == [
+        "left out, coefficient 0: chess: its update is zero",
+        "left out, coefficient 0: go: too large",
+    ]
+    assert "left out" not in describe_diagnosis(diagnosis())
+
+
 def test_a_search_that_the_clock_ends_is_said_not_to_be_repeatable():
     text = describe_diagnosis(diagnosis(max_evaluations=10_000))
     assert "ended by the clock: then it cannot be repeated exactly" in text
@@ -168,10 +179,14 @@ def test_a_search_without_time_is_shown_with_none_left_and_the_one_generation_th
 
 def test_the_document_is_strict_json_with_all_facts_and_the_advice():
     found = diagnosis(
-        max_evaluations=100, adapters=(replace(MATHS, peak_kl_nats=float("nan")),), gradient_s=0.5
+        max_evaluations=100,
+        adapters=(replace(MATHS, peak_kl_nats=float("nan")),),
+        left_out={"chess": "its update is zero"},
+        gradient_s=0.5,
     )
     document = json.loads(json.dumps(diagnosis_document(found), allow_nan=False))
     assert document["adapters"][0]["peak_kl_nats"] is None
+    assert document["left_out"] == {"chess": "its update is zero"}
     assert document["advice"] == list(advise(found))
     assert document["forecast"]["generations"] == 6
     assert document["tokens_per_candidate"] == 320

@@ -54,8 +54,9 @@ def test_it_reports_base_adapters_stages_and_prompts_as_a_run_would_have_them(fo
     assert not any(facts.has_skeletons for facts in found.adapters)
     assert all(facts.peak_kl_nats > 0 for facts in found.adapters)
     (stage,) = found.stages
-    assert (stage.groups, stage.n_params, stage.optimizer) == ("layer", 6, "CMA, full covariance")
-    assert found.groups == ("layer.0", "layer.1")
+    assert (stage.groups, stage.n_params, stage.optimizer) == ("model", 3, "CMA, full covariance")
+    assert found.groups == ("model",)
+    assert found.left_out == {}
     assert (found.prompts.searched, found.prompts.unseen) == (3, 4)
     assert 1 < found.prompts.tokens_per_prompt <= 11
     assert found.prompts.tokens_per_candidate == pytest.approx(9 * found.prompts.tokens_per_prompt)
@@ -127,7 +128,7 @@ def test_the_prior_is_named_with_the_adapters_that_it_does_not_know(configure, f
 
 
 def test_many_parameters_are_said_to_have_a_diagonal_covariance(configure, monkeypatch):
-    monkeypatch.setattr("search.doctor.DIAGONAL_ABOVE", 5)
+    monkeypatch.setattr("search.doctor.DIAGONAL_ABOVE", 2)
     assert examine(configure()).stages[0].optimizer == "CMA, diagonal covariance"
 
 
@@ -246,7 +247,7 @@ def test_a_generation_is_foreseen_as_it_would_be_raced_and_scaled_to_all_prompts
     block_tokens = 3 * found.prompts.tokens_per_prompt
     assert found.times.generation_s == pytest.approx(0.01 * n_scored * block_tokens)
     assert found.candidate_s == pytest.approx(0.01 * 8 * block_tokens)
-    n_judged = (8 + 2 + 5) + (8 + 2 + 2)  # archive, mean, refined; references; and their agreements
+    n_judged = (8 + 2 + 6) + (8 + 2 + 2)  # archive, mean, refined; references; and their agreements
     assert found.times.finalists_s == pytest.approx(0.01 * n_judged * 4 * block_tokens)
 
 
@@ -262,7 +263,7 @@ def test_every_phase_is_scaled_from_the_few_prompts_to_all(configure, measured):
     assert (times.prompts_s, times.signals_s, times.rehearsal_s) == (15.0, 30.0, 0.5)  # 15 prompts for 3
     assert found.gradient_s == 6.0  # 6 searched for 2
     assert times.generation_s == 8 * 1.0 + 2 * 6.0 / 4  # two gradients every fourth generation
-    n_judged = (4 + 2 + 5) + (4 + 2 + 2)  # archive, mean, refined; references; and their agreements
+    n_judged = (4 + 2 + 6) + (4 + 2 + 2)  # archive, mean, refined; references; and their agreements
     assert times.finalists_s == 4 * 6.0 + n_judged
     assert times.merge_s == 0.5 + 1.0
 

@@ -17,6 +17,7 @@ from search.trace import Trace, TraceWriter
 
 SPACE = make_space(group_modules(["model.layers.0.mlp"], "model"), 2)
 FREE = Bounds(np.full(2, -np.inf), np.full(2, np.inf))
+BALANCED = np.array([0.6, 0.7])
 PRIOR = np.array([[0.4, 0.1]])
 TARGET = np.array([[0.7, -0.2]])
 
@@ -45,8 +46,8 @@ class SumEvaluator:
 
 
 def make_steering(prior=None, bounds=FREE):
-    references = make_references(1, ("maths", "code"), prior)
-    losses = np.array([1.0, 0.9, 0.6])[: len(references) - 2]
+    references = make_references(1, ("maths", "code"), BALANCED, prior)
+    losses = np.array([1.0, 0.9, 0.95, 0.6])[: len(references) - 2]
     return Steering(
         bounds=bounds,
         searched=SumEvaluator(),
@@ -84,10 +85,10 @@ def test_a_collapsed_merge_is_set_aside_and_recorded(recorded):
     assert judgement.winner.name == "base"  # 0, before 0.2; a reference cannot collapse
     (event,) = recorded.events()
     assert (event["event"], event["prompts"], event["winner"]) == ("finalists", "unseen", "base")
-    assert event["names"][4:] == ["archive 1", "archive 2", "archive 3", "mean"]
-    assert event["verdicts"][4:] == ["collapsed", "collapsed", "beaten", "beaten"]
-    assert event["losses"] == [0, 1, 1, 1, -2, -2, 0.2, 18]
-    assert event["agreement"][4:] == [[0, 1], [0, 0], None, None]
+    assert event["names"][5:] == ["archive 1", "archive 2", "archive 3", "mean"]
+    assert event["verdicts"][5:] == ["collapsed", "collapsed", "beaten", "beaten"]
+    assert event["losses"] == pytest.approx([0, 1, 1.3, 1, 1, -2, -2, 0.2, 18])
+    assert event["agreement"][5:] == [[0, 1], [0, 0], None, None]
     assert event["agreement"][0] == [0, 0]
     assert event["winner_coefficients"] == [[0, 0]]
 
@@ -96,9 +97,9 @@ def test_the_prior_and_the_refined_best_are_compared_too(recorded):
     steering, refined = make_steering(PRIOR), np.array([[-0.3, 0.2]])
     judge_on_unseen(steering, make_found((0.3, 0.3)), refined, recorded.writer)
     (event,) = recorded.events()
-    expected = ["base", "uniform", "prior", "expert maths", "expert code", "archive 1", "mean", "refined"]
-    assert event["names"] == expected
-    np.testing.assert_allclose(event["losses"], [0, 1, 0.5, 1, 1, 0.6, 18, -0.1])
+    general, experts = ["base", "uniform", "balanced", "prior"], ["expert maths", "expert code"]
+    assert event["names"] == [*general, *experts, "archive 1", "mean", "refined"]
+    np.testing.assert_allclose(event["losses"], [0, 1, 1.3, 0.5, 1, 1, 0.6, 18, -0.1])
     assert steering.searched.scored == 0
 
 
@@ -118,23 +119,23 @@ def test_what_lies_outside_the_bounds_does_not_win(recorded):
     assert judgement.verdicts[0] == "outside bounds"  # the base
 
 
-def test_on_searched_prompts_the_archives_best_meets_base_and_uniform(recorded):
+def test_on_searched_prompts_the_archives_best_meets_base_uniform_and_balanced(recorded):
     judgement = judge_on_searched(make_steering(), make_found((0.2, 0.3), (0.4, 0.4)), recorded.writer)
     assert judgement.winner.name == "archive 1"
     assert not judgement.agreements
     (event,) = recorded.events()
-    assert (event["prompts"], event["losses"]) == ("searched", [1, 0.9, 0.5])
-    assert event["names"] == ["base", "uniform", "archive 1"]
-    assert event["per_expert"][2] == [0.5, 0.5]
-    assert event["agreement"] == [None] * 3
+    assert (event["prompts"], event["losses"]) == ("searched", [1, 0.9, 0.95, 0.5])
+    assert event["names"] == ["base", "uniform", "balanced", "archive 1"]
+    assert event["per_expert"][3] == [0.5, 0.5]
+    assert event["agreement"] == [None] * 4
 
 
 @pytest.mark.parametrize(("best", "winner"), [((0.3, 0.2), "archive 1"), ((0.4, 0.3), "prior")])
 def test_on_searched_prompts_it_meets_the_prior_too(recorded, best, winner):
     judgement = judge_on_searched(make_steering(PRIOR), make_found(best), recorded.writer)
     assert judgement.winner.name == winner
-    np.testing.assert_array_equal(judgement.losses[:3], [1, 0.9, 0.6])
-    assert recorded.events()[0]["names"] == ["base", "uniform", "prior", "archive 1"]
+    np.testing.assert_array_equal(judgement.losses[:4], [1, 0.9, 0.95, 0.6])
+    assert recorded.events()[0]["names"] == ["base", "uniform", "balanced", "prior", "archive 1"]
 
 
 def test_on_searched_prompts_too_the_winner_is_no_worse_than_the_references(recorded):

@@ -200,11 +200,11 @@ def test_priors_of_two_runs_start_the_next(two_runs, zoo, capsys):
         text = (two_runs / trace.stem / "trace.jsonl").read_text()
         trace.write_text(re.sub(r'"winner": "[^"]*"', '"winner": "archive 1"', text))
     learnt = outcome_of(capsys, "priors", *traces, "-o", "prior.json")
-    assert learnt == {"output": "prior.json", "runs": 2, "adapters": 3, "groups": 2}
+    assert learnt == {"output": "prior.json", "runs": 2, "adapters": 3, "groups": 1}
     outcome_of(capsys, "run", zoo, "--out", "ahead", "--set", *QUICK, "search.prior=prior.json")
     events = [json.loads(line) for line in Path("ahead/trace.jsonl").read_text().splitlines()]
     (references,) = [line for line in events if line.get("event") == "references"]
-    assert references["names"] == ["base", "uniform", "prior"]
+    assert references["names"] == ["base", "uniform", "balanced", "prior"]
     (began,) = [line for line in events if line.get("event") == "search"]
     assert began["start"] == json.loads(Path("prior.json").read_text())["start"]
 

@@ -31,6 +31,9 @@ def trace(tmp_path):
         yield writer
 
 
+BALANCED = np.array([0.2, 0.5, 0.8])
+
+
 def written():
     prompts = make_prompts(lengths=(9, 4, 12, 7, 5, 10, 6, 8, 11))
     return WrittenPrompts(*prompts.split(2))
@@ -38,7 +41,11 @@ def written():
 
 def steer(parts, trace, weak_signal_nats=0.0, *, prior=None, recorded=None):
     request = SteeringRequest(
-        scoring=Scoring(), weak_signal_nats=weak_signal_nats, prior=prior, recorded=recorded
+        scoring=Scoring(),
+        weak_signal_nats=weak_signal_nats,
+        balanced=BALANCED,
+        prior=prior,
+        recorded=recorded,
     )
     return prepare_steering(parts, written(), request, trace)
 
@@ -74,7 +81,7 @@ def test_without_weak_adapters_the_space_is_free(parts, trace, tmp_path, caplog)
     assert not caplog.records
     events = last_events(tmp_path)
     assert events["signals"]["low"] == [None] * 3
-    assert events["references"]["names"] == ["base", "uniform"]
+    assert events["references"]["names"] == ["base", "uniform", "balanced"]
     assert events["references"]["losses"][0] == pytest.approx(1)
     assert found.unseen_candidate_s > 0
     assert found.reference_scores.losses.tolist() == events["references"]["losses"]
@@ -87,7 +94,7 @@ def test_the_two_evaluators_are_on_different_prompts(parts, trace):
     assert n_tokens == [both.searched.n_tokens, both.unseen.n_tokens]
 
 
-def test_weak_adapters_are_confined_started_at_uniform_and_named_loudly(parts, trace, tmp_path, caplog):
+def test_weak_adapters_are_confined_started_at_balanced_and_named_loudly(parts, trace, tmp_path, caplog):
     peak_kl = np.array([0.5, 0.01, 0.2])
     signals = steering.expert_signals
 
@@ -101,11 +108,12 @@ def test_weak_adapters_are_confined_started_at_uniform_and_named_loudly(parts, t
     (record,) = caplog.records
     assert record.message.startswith("WEAK SIGNAL: nowhere in their own prompts do 1 of 3 adapters differ")
     assert "by 0.2 nats: expert-1 (0.010)." in record.message
-    np.testing.assert_allclose(found.bounds.low, [-np.inf, 1 / 6, -np.inf])
-    np.testing.assert_allclose(found.bounds.high, [np.inf, 1 / 2, np.inf])
+    np.testing.assert_allclose(found.bounds.low, [-np.inf, 0.25, -np.inf])
+    np.testing.assert_allclose(found.bounds.high, [np.inf, 0.75, np.inf])
     start = found.confine(np.array([[0.4, 0.4, 0.5], [0.6, 0.9, 0.7]]))
-    np.testing.assert_allclose(start, [[0.4, 1 / 3, 0.5], [0.6, 1 / 3, 0.7]])
+    np.testing.assert_allclose(start, [[0.4, 0.5, 0.5], [0.6, 0.5, 0.7]])
     assert found.bounds.hold(start)
+    assert found.bounds.hold(found.references[2].coefficients)
     assert last_events(tmp_path)["signals"]["weak"] == ["expert-1"]
 
 
@@ -117,22 +125,31 @@ def test_a_signal_that_is_not_a_number_is_weak(parts, trace, monkeypatch):
 
 
 def test_a_single_weak_adapter_stays_near_itself():
-    bounds = confine_weak(np.array([True]))
+    bounds = confine_weak(np.array([True]), np.array([1.0]))
     assert (bounds.low.tolist(), bounds.high.tolist()) == ([0.5], [1.5])
+
+
+def test_the_balanced_merge_is_scored_as_one_more_reference(parts, trace):
+    found = steer(parts, trace)
+    assert [reference.name for reference in found.references[:3]] == ["base", "uniform", "balanced"]
+    np.testing.assert_array_equal(found.references[2].coefficients, [BALANCED] * parts.shape[0])
+    alone = found.searched.score(np.stack([[BALANCED] * parts.shape[0]]))
+    np.testing.assert_allclose(found.reference_scores.losses[2], alone.losses[0], rtol=1e-9)
 
 
 def test_a_priors_start_is_scored_as_one_more_reference(parts, trace, tmp_path):
     prior = np.array([[0.5, 0.1, 0.2], [0.3, 0.9, -0.1]])
     found = steer(parts, trace, prior=prior)
     names = [reference.name for reference in found.references]
-    assert names == ["base", "uniform", "prior", "expert expert-0", "expert expert-1", "expert expert-2"]
-    np.testing.assert_array_equal(found.references[2].coefficients, prior)
+    general, experts = ["base", "uniform", "balanced", "prior"], [f"expert expert-{i}" for i in range(3)]
+    assert names == [*general, *experts]
+    np.testing.assert_array_equal(found.references[3].coefficients, prior)
     event = last_events(tmp_path)["references"]
-    assert event["names"] == ["base", "uniform", "prior"]
+    assert event["names"] == general
     assert event["losses"] == found.reference_scores.losses.tolist()
     alone = found.searched.score(prior[None])
-    np.testing.assert_allclose(found.reference_scores.losses[2], alone.losses[0], rtol=1e-9)
-    np.testing.assert_allclose(event["per_expert"][2], alone.per_expert[0], rtol=1e-9)
+    np.testing.assert_allclose(found.reference_scores.losses[3], alone.losses[0], rtol=1e-9)
+    np.testing.assert_allclose(event["per_expert"][3], alone.per_expert[0], rtol=1e-9)
 
 
 def test_the_bases_own_disagreement_is_recorded_beside_the_references(parts, trace, tmp_path):
@@ -168,8 +185,18 @@ def test_a_resumed_run_takes_the_recorded_prompts_and_writes_none(parts, trace, 
 
 
 @pytest.mark.parametrize("weak", [[], ["expert-2"]])
-def test_in_a_resumed_run_the_recorded_adapters_are_weak_whatever_is_measured(parts, trace, weak, caplog):
-    found = steer(parts, trace, weak_signal_nats=0 if weak else 99, recorded={"weak": weak})
+def test_in_a_resumed_run_adapters_are_weak_and_confined_as_recorded_whatever_is_measured(
+    parts, trace, weak, caplog
+):
+    low, high = 1 / 6, 1 / 2  # of a run whose weak adapters were kept near the uniform merge
+    recorded = {
+        "weak": weak,
+        "low": [None, None, low if weak else None],
+        "high": [None, None, high if weak else None],
+    }
+    found = steer(parts, trace, weak_signal_nats=0 if weak else 99, recorded=recorded)
     assert list(found.weak) == weak
-    assert np.isfinite(found.bounds.low).tolist() == [False, False, bool(weak)]
+    assert found.bounds.low.tolist() == [-np.inf, -np.inf, low if weak else -np.inf]
+    assert found.bounds.high.tolist() == [np.inf, np.inf, high if weak else np.inf]
+    assert found.confine(np.zeros((2, 3)))[:, 2].tolist() == [1 / 3 if weak else 0.0] * 2
     assert len(caplog.records) == len(weak)

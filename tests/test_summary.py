@@ -14,11 +14,12 @@ def facts(*, with_prior=False, **changes):
     finalists = [
         Finalist("base", zeros, True),
         Finalist("uniform", zeros, True),
+        Finalist("balanced", zeros, True),
         *([Finalist("prior", zeros, True)] if with_prior else []),
         Finalist("expert maths", zeros, True),
         Finalist("archive 2", zeros, False),
     ]
-    losses = [1, 0.8, *([0.7] if with_prior else []), 0.9, 0.25]
+    losses = [1, 0.8, 0.75, *([0.7] if with_prior else []), 0.9, 0.25]
     judgement = Judgement(
         tuple(finalists),
         np.array(losses),
@@ -26,14 +27,14 @@ def facts(*, with_prior=False, **changes):
         changes.pop("agreements", {len(losses) - 1: np.array([7 / 8, 1 / 3])}),
         ("beaten",) * (len(losses) - 1) + ("winner",),
     )
-    given = {"ended_by": "evaluations", "weak": (), "back_offs": [], "n_unseen": (8, 3), **changes}
-    return RunFacts(names=NAMES, judgement=judgement, evaluations=64, generations=8, **given)
+    given = {"ended_by": "evaluations", "n_unseen": (8, 3), "left_out": {}, "weak": (), "back_offs": []}
+    return RunFacts(names=NAMES, judgement=judgement, evaluations=64, generations=8, **{**given, **changes})
 
 
 def test_the_whole_report():
     assert write_summary(facts()).splitlines() == [
         "winner: archive 2, loss 0.2500 on prompts that the search has not seen "
-        "(base 1.0000, uniform 0.8000, expert maths 0.9000)",
+        "(base 1.0000, uniform 0.8000, balanced 0.7500, expert maths 0.9000)",
         "search: 64 evaluations in 8 generations, ended by the limit on evaluations",
         "expert  loss left  same answer",
         "maths       0.125  7 of 8",
@@ -47,7 +48,7 @@ def test_the_whole_report():
 
 def test_a_prior_is_one_more_rival():
     first = write_summary(facts(with_prior=True)).splitlines()[0]
-    assert first.endswith("(base 1.0000, uniform 0.8000, prior 0.7000, expert maths 0.9000)")
+    assert first.endswith("(base 1.0000, uniform 0.8000, balanced 0.7500, prior 0.7000, expert maths 0.9000)")
 
 
 @pytest.mark.parametrize(
@@ -69,12 +70,18 @@ def test_without_unseen_prompts_nothing_is_counted():
 @pytest.mark.parametrize(
     ("weak", "last"),
     [
-        (("code",), "weak signal, kept near the uniform merge: code."),
-        (NAMES, "weak signal from all adapters: the result is essentially the uniform merge."),
+        (("code",), "weak signal, kept near the balanced merge: code."),
+        (NAMES, "weak signal from all adapters: the result is close to the balanced merge."),
     ],
 )
 def test_weak_adapters_are_named(weak, last):
     assert write_summary(facts(weak=weak)).splitlines()[-1].startswith(last)
+
+
+def test_what_is_left_out_is_told_with_its_reason_before_what_is_weak():
+    lines = write_summary(facts(left_out={"chess": "its update is zero"}, weak=("code",))).splitlines()
+    assert lines[-2] == "left out, coefficient 0: chess: its update is zero"
+    assert lines[-1].startswith("weak signal")
 
 
 def test_memory_back_offs_are_told():
