@@ -7,6 +7,7 @@ import signal
 import numpy as np
 import pytest
 
+import search.setup
 from search.base import load_base
 from search.config import load_config
 from search.errors import InputError
@@ -21,7 +22,7 @@ OPTIONS = (
     "device=cpu",
     *("prompts.per_adapter=3", "prompts.unseen_per_adapter=2", "prompts.max_new_tokens=8"),
     *("search.max_evaluations=30", "search.n_candidates=6", "search.n_finalists=3", "search.race_keep=0.5"),
-    "search.stages=[{share: 3, groups: model}, {share: 2, genome: profile}]",
+    "search.stages=[{share: 3, groups: model}, {share: 2, groups: layer, genome: profile}]",
     "search.space.n_knots=2",
     "search.gradient={inject_every: 2, refine_steps: 2}",
     "objective.weak_signal_nats=100",  # nobody wins alone, something that was found does
@@ -132,7 +133,7 @@ def test_the_whole_run_uses_everything(whole):
     assert [len(generation.injected) for generation in trace.generations] == [0, 1, 0, 1, 1]
     assert all(len(generation.rungs) == 3 for generation in trace.generations)
     assert trace.header["prior"]["source"].endswith("prior.json")
-    assert trace.last("references")["names"] == ["base", "uniform", "prior"]
+    assert trace.last("references")["names"] == ["base", "uniform", "balanced", "prior"]
     assert {"refined", "finalists", "merged"} < set(events_of(whole))
     assert trace.last("finalists")["winner"].startswith(("archive", "mean", "refined"))
 
@@ -256,11 +257,28 @@ def test_which_adapters_are_weak_is_not_decided_anew(whole, go_on, tmp_path):
     lines = lines_of(whole)[: places(whole, "signals")[0] + 1]
     signals = json.loads(lines[-1])
     assert signals["weak"] == ["expert-0", "expert-1", "expert-2"]
-    lines[-1] = json.dumps({**signals, "weak": ["expert-2"]}).encode() + b"\n"
+    low, high = ([None, None, bounds[2]] for bounds in (signals["low"], signals["high"]))
+    lines[-1] = json.dumps({**signals, "weak": ["expert-2"], "low": low, "high": high}).encode() + b"\n"
     (tmp_path / "trace.jsonl").write_bytes(b"".join(lines))
     go_on()
     start = Trace.load(tmp_path / "trace.jsonl").last("search")["start"]
-    np.testing.assert_array_equal(start, [[0.3, 0.6, 1 / 3]] * 2)
+    balanced = Trace.load(whole / "trace.jsonl").last("search")["start"][0]  # all were weak there
+    np.testing.assert_array_equal(start, [[balanced[0], 0.6, balanced[2]]] * 2)
+
+
+@pytest.mark.parametrize("n_generations", [0, 4])
+def test_a_balanced_merge_of_another_last_bit_repeats_the_recorded_genomes(
+    whole, go_on, monkeypatch, tmp_path, n_generations
+):
+    """Other threads, or another processor, may add up its norms in another order."""
+    after = places(whole, "generation")[n_generations - 1] if n_generations else places(whole, "search")[0]
+    cut(whole, tmp_path, after + 1)
+    here = search.setup.balanced_coefficients
+    monkeypatch.setattr(search.setup, "balanced_coefficients", lambda found: np.nextafter(here(found), 2))
+    go_on()
+    found, expected = (Trace.load(folder / "trace.jsonl").generations for folder in (tmp_path, whole))
+    for generation, other in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(generation.genomes, other.genomes)
 
 
 def test_without_resume_the_run_starts_over(whole, config, base, tmp_path):
