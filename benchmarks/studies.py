@@ -1,0 +1,270 @@
+"""Which search, and which prompts? Arms that differ in one thing, at equal time, evaluations and tokens.
+
+`python -m benchmarks.studies --study search --jobs 8` runs every arm (benchmarks/study_arms.py) on every
+variant of the zoo and seed in a process of its own, pinned to its own cores, and appends a line of JSON a run
+to benchmarks/results/studies.jsonl. In the study "search" seconds of search end a run, in the others the
+configuration's evaluations. What is there already, of the same code, settings and cores, is not run again:
+after an interruption the same command goes on. Arms whose settings come to the same are run once and shown
+under each name. Then, or with --report from those lines alone, it writes tables into docs/METHOD.md and
+figures; of another --out it prints the tables and draws beside it. Knows which runs are wanted, not how one
+is done.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from hashlib import sha256
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import yaml
+
+from benchmarks.arm import Checkpoints
+from benchmarks.environment import ROOT, code_hash, describe_machine
+from benchmarks.job import Outcome, run_pinned, run_process, split_cores
+from benchmarks.plots import write_svg
+from benchmarks.rows import append_row, is_done, measured, read_rows
+from benchmarks.sections import replace_section
+from benchmarks.study_arms import STUDIES, Arm, Study
+from benchmarks.study_plots import draw_families
+from benchmarks.study_tables import studies_text, study_rows
+from benchmarks.zoo.sets import VARIANTS, write_config
+from search.config import SearchConfig, config_hash, load_config
+from search.errors import InputError
+from search.yaml_input import read_mapping
+
+OUT = ROOT / "benchmarks/results/studies.jsonl"
+DOCUMENT, SECTION = ROOT / "docs/METHOD.md", "studies"
+FIGURES = Path("figures")
+"""Seen from the document's folder."""
+SECONDS = (15.0, 60.0, 300.0)
+TOKENS = (100_000, 400_000, 1_500_000)
+"""The default's 480 evaluations take 440,000."""
+NO_LIMIT = 10**6
+"""Evaluations, where seconds end the search."""
+
+
+@dataclass(frozen=True, slots=True)
+class ArmJob:
+    """One run of one arm."""
+
+    arm: Arm
+    names: tuple[str, ...]
+    """Of all arms that come to the same, this one first."""
+    experts: str
+    seed: int
+    config: Path
+    overrides: tuple[str, ...]
+    checkpoints: Checkpoints
+    digest: str
+    """Hash of all settings but the seed, and of the checkpoints."""
+    n_queries: int | None
+
+    @property
+    def label(self) -> str:
+        """The arm's name, with the seconds where these end it."""
+        limit_s = self.checkpoints.limit_s
+        return self.arm.name if limit_s is None else f"{self.arm.name}, {limit_s:g} s"
+
+
+def plan_jobs(arguments: argparse.Namespace, folder: Path) -> list[ArmJob]:
+    """Return all wanted runs, with a configuration for each expert set and change of skeletons in `folder`.
+
+    Studies that are not wanted are planned too: arms that come to the same have the same names each time.
+    """
+    jobs: dict[tuple[str, str, int], ArmJob] = {}
+    wanted: set[tuple[str, str, int]] = set()
+    every = {experts for name in arguments.study for experts in arguments.variants or STUDIES[name].variants}
+    for name, study in STUDIES.items():
+        own = arguments.variants or study.variants
+        for experts in (variant for variant in VARIANTS if variant in every):
+            for job in _plan_study(study, experts, arguments, folder):
+                key = job.digest, experts, job.seed
+                names = (*jobs[key].names, *job.names) if key in jobs else job.names
+                jobs[key] = replace(jobs.get(key, job), names=tuple(dict.fromkeys(names)))
+                if name in arguments.study and experts in own:
+                    wanted.add(key)
+    return [job for key, job in jobs.items() if key in wanted]
+
+
+def _plan_study(study: Study, experts: str, arguments: argparse.Namespace, folder: Path) -> Iterator[ArmJob]:
+    seconds = arguments.seconds if arguments.seconds is not None else SECONDS if study.is_timed else ()
+    for arm in study.arms:
+        path = folder / f"{experts}-{arm.change.__name__ if arm.change else 'own'}.yaml"
+        if not path.exists():
+            _write_config(path, arm, experts, arguments.config, folder)
+        limit = (f"search.max_evaluations={NO_LIMIT}",) if seconds and not arm.reference else ()
+        overrides = (*arm.overrides, *limit, *arguments.overrides)
+        points = Checkpoints(
+            seconds=tuple(sorted(seconds)),
+            tokens=tuple(arguments.tokens),
+            evaluations=tuple(arguments.evaluations),
+        )
+        points = Checkpoints() if arm.reference else points
+        digest = _digest(load_config(path, overrides), arm, points, arguments.queries)
+        for seed in arguments.seeds[:1] if arm.reference else arguments.seeds:
+            yield ArmJob(
+                *(arm, (arm.name,), experts, seed, path, overrides, points, digest, arguments.queries)
+            )
+
+
+def _write_config(path: Path, arm: Arm, experts: str, template: Path, folder: Path) -> None:
+    """Write the template with the adapters of an expert set, and their skeletons as the arm has them."""
+    write_config(path, experts, generated=folder / "adapters", template=template)
+    if arm.change is None:
+        return
+    document = read_mapping(path, ())
+    own = {entry["name"]: tuple(entry.get("skeletons", ())) for entry in document["adapters"]}
+    changed = arm.change(own)
+    document["adapters"] = [
+        entry | {"skeletons": list(changed[entry["name"]])} for entry in document["adapters"]
+    ]
+    path.write_text(yaml.safe_dump(document, sort_keys=False, width=200), encoding="utf-8")
+
+
+def _digest(config: SearchConfig, arm: Arm, points: Checkpoints, n_queries: int | None) -> str:
+    looked_at = [points.seconds, points.tokens, points.evaluations]
+    content = json.dumps([config_hash(config), arm.reference, looked_at, n_queries])
+    return sha256(content.encode()).hexdigest()
+
+
+def run_arm(job: ArmJob, output: Path, running: set[int]) -> Outcome[ArmJob]:
+    """Run one arm on the cores of this thread; return its measures, or how it failed."""
+    output.mkdir()
+    points, result = job.checkpoints, output / "measures.json"
+    command = [sys.executable, "-m", "benchmarks.arm", str(job.config), "--experts", job.experts]
+    command += ["--out", str(result), "--set", *job.overrides, f"search.seed={job.seed}"]
+    for name in ("seconds", "tokens", "evaluations"):
+        command += [f"--{name}", *map(str, getattr(points, name))]
+    command += ["--queries", str(job.n_queries)] if job.n_queries is not None else []
+    command += ["--reference", job.arm.reference] if job.arm.reference else []
+    try:
+        _, cost, failure = run_process(command, output / "log", running)
+        return Outcome(job, {} if failure else {**json.loads(result.read_text()), **cost}, failure)
+    finally:
+        shutil.rmtree(output)
+
+
+def identify(job: ArmJob, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return what a run's line starts with: what was run, with which settings and code."""
+    return {
+        "benchmark": "studies",
+        "method": job.label,
+        "arms": list(job.names),
+        "limit_s": job.checkpoints.limit_s,
+        "experts": job.experts,
+        "seed": job.seed,
+        "config": arguments.config.name,
+        "overrides": list(job.overrides),
+        "queries": job.n_queries,
+        "config_sha256": job.digest,
+        "code_sha256": code_hash(),
+        "cores": arguments.cores,
+    }
+
+
+def run_missing(arguments: argparse.Namespace) -> int:
+    """Run what is not recorded yet and record it; return how many runs failed."""
+    core_sets = split_cores(sorted(os.sched_getaffinity(0)), arguments.jobs, arguments.cores)
+    machine, rows, n_failed = describe_machine(), read_rows(arguments.out), 0
+    with TemporaryDirectory() as name:
+        jobs = plan_jobs(arguments, Path(name))
+        missing = [job for job in jobs if not is_done(identify(job, arguments), rows)]
+        print(f"{len(missing)} of {len(jobs)} runs to do, {len(core_sets)} at a time", file=sys.stderr)
+        for outcome in run_pinned(missing, core_sets, Path(name), run_arm):
+            failure = {"failure": outcome.failure} if outcome.failure else {}
+            row = {**identify(outcome.job, arguments), **outcome.measures, **failure, **machine}
+            append_row(arguments.out, row)
+            print(format_row(row), flush=True)
+            n_failed += bool(failure)
+    return n_failed
+
+
+def format_row(row: dict[str, Any]) -> str:
+    """Return a line for people."""
+    start = f"{row['experts']:10}{row['method']:44}{row['seed']:>3}"
+    if "failure" in row:
+        return f"{start}  FAILED: {row['failure'].strip().splitlines()[-1]}"
+    shares = " ".join(f"{100 * row[name]:6.1f}" for name in ("held_in_N", "worst_task", "held_out"))
+    spent = f"{row.get('search_s', 0):.0f} s, {row['evaluations']} evaluations"
+    return f"{start}  N, worst, held-out {shares}  {spent}"
+
+
+def write_report(out: Path) -> None:
+    """Make tables and figures of the recorded lines alone."""
+    rows = read_rows(out)
+    if not measured(rows):
+        raise InputError(f"{out}: no run that worked, nothing to report. Run without --report first.")
+    is_document = out.resolve() == OUT
+    folder, stem = (DOCUMENT.parent, FIGURES / "studies") if is_document else (out.parent, Path(out.stem))
+    figures = {}
+    for name in STUDIES:
+        for experts in VARIANTS:
+            runs = study_rows(rows, name, experts)
+            if STUDIES[name].is_timed and runs:
+                suffix = "" if experts == VARIANTS[0] else f"_{experts}"
+                figures[name, experts] = f"{stem.as_posix()}_{name}{suffix}.svg"
+                write_svg(draw_families(runs, experts), folder / figures[name, experts])
+    text = studies_text(rows, figures)
+    if is_document:
+        replace_section(DOCUMENT, SECTION, text)
+        print("report:", DOCUMENT, *figures.values())
+    else:
+        print(text, *(f"figure: {folder / figure}" for figure in figures.values()), sep="\n\n")
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.studies", description=__doc__)
+    parser.add_argument("--study", nargs="+", choices=STUDIES, default=list(STUDIES))
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, help="in place of each study's own")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
+    parser.add_argument("--config", type=Path, default=ROOT / "configs/demo.yaml", help="the default arm")
+    parser.add_argument(
+        "--set",
+        dest="overrides",
+        nargs="+",
+        default=[],
+        metavar="section.key=value",
+        help="in every arm, over its own",
+    )
+    parser.add_argument(
+        "--seconds",
+        nargs="+",
+        type=float,
+        help="of search: looked at after each, the last end it (default: 15 60 300 in the study search)",
+    )
+    parser.add_argument("--tokens", nargs="*", type=int, default=list(TOKENS), help="looked at after each")
+    parser.add_argument("--evaluations", nargs="*", type=int, default=[], help="looked at after each")
+    parser.add_argument("--queries", type=int, help="of each task at most, to try things out (default all)")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time (default %(default)s)")
+    parser.add_argument("--cores", type=int, default=2, help="that each is pinned to (default %(default)s)")
+    parser.add_argument("--out", type=Path, default=OUT, help="JSON lines (default %(default)s)")
+    parser.add_argument("--report", action="store_true", help="run nothing")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run and report; return 0, 1 if a run failed, 2 for bad input, 130 after Ctrl-C or SIGTERM."""
+    arguments = parse_arguments(argv)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends the runs under way too
+    try:
+        n_failed = 0 if arguments.report else run_missing(arguments)
+        write_report(arguments.out)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted: the same command goes on", file=sys.stderr)
+        return 130
+    return 1 if n_failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
