@@ -9,7 +9,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from scipy.special import logsumexp
 from torch import Tensor
 from torch.func import functional_call
 
@@ -63,30 +66,27 @@ class Truth:
                 rows.append(_Row((*prompt, *answer), len(prompt), query))
         self._n_rows = len(rows)
         self._batches = [self._pad(rows, batch) for batch in self._pack(rows)]
-        self._query_of = torch.tensor([row.query for row in rows])
+        self._query_of = np.array([row.query for row in rows])
+        self._first_row = np.searchsorted(self._query_of, np.arange(len(self._queries)))
+        self._choice_of = np.arange(len(rows)) - self._first_row[self._query_of]
+        self._is_choice = np.array([bool(example.choices) for example in self._queries])
+        self._target = np.array([e.choices.index(e.answer) if e.choices else 0 for e in self._queries])
 
     def marks(self, model: Any, weights: dict[str, Tensor] | None = None) -> Marks:
         """Compare a model's answers, with `weights` (by name) in place of its own where given."""
-        logp, is_top = self._score(model, weights)
-        right, nll = [], []
-        start = 0
-        for example in self._queries:
-            n_rows = max(1, len(example.choices))
-            own, start = slice(start, start + n_rows), start + n_rows
-            if example.choices:
-                target = example.choices.index(example.answer)
-                right.append(int(logp[own].argmax()) == target)
-                nll.append(-float(logp[own].log_softmax(0)[target]))
-            else:
-                right.append(bool(is_top[own].item()))
-                nll.append(-float(logp[own].item()))
+        row_logp, is_top = (found.numpy() for found in self._score(model, weights))
+        logp = np.full((len(self._queries), self._choice_of.max() + 1), -np.inf)
+        logp[self._query_of, self._choice_of] = row_logp
+        right = np.where(self._is_choice, logp.argmax(1) == self._target, is_top[self._first_row])
+        of_target = logp[np.arange(len(logp)), self._target]
+        nll = np.where(self._is_choice, logsumexp(logp, axis=1), 0.0) - of_target
         return Marks(self._task_means(right), self._task_means(nll))
 
-    def _task_means(self, values: Sequence[float]) -> dict[str, float]:
-        by_task: dict[str, list[float]] = {}
-        for task, value in zip(self._task_of, values, strict=True):
-            by_task.setdefault(task, []).append(float(value))
-        return {task: sum(own) / len(own) for task, own in by_task.items()}
+    def _task_means(self, values: NDArray[Any]) -> dict[str, float]:
+        tasks = list(dict.fromkeys(self._task_of))
+        index = np.array([tasks.index(task) for task in self._task_of])
+        means = np.bincount(index, values) / np.bincount(index)
+        return dict(zip(tasks, means.tolist(), strict=True))
 
     def _pack(self, rows: Sequence[_Row]) -> list[list[int]]:
         """Split rows, longest first, into batches that keep to the tokens of a forward pass."""
