@@ -27,6 +27,7 @@ from search.stages import GenomeEvaluator
 from search.timebox import TimeBox
 from tests.test_base import make_toy_model
 from tests.test_merges import IDS, save_toy_zoo
+from tests.test_setup import spoil
 
 QUICK = (
     "device=cpu",
@@ -36,7 +37,7 @@ QUICK = (
 TIMES = {"elapsed_s", "seconds", "peak_bytes", "left_s", "needed_s"}
 EVENTS = ["prompts", "signals", "references", "search", "stage", "stage_ended", "search_ended"]
 ENDS_WELL = "objective.weak_signal_nats=100"
-"""All adapters are near the uniform merge: no single expert wins, something that was found does."""
+"""All adapters are near the balanced merge: no single expert wins, something that was found does."""
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +140,7 @@ def test_the_header_says_what_the_run_depends_on(finished, zoo):
     assert header["seed"] == 0
     assert len(header["base"]["sha256"]) == len(header["config_sha256"]) == 64
     assert [adapter["name"] for adapter in header["adapters"]] == ["expert-0", "expert-1", "expert-2"]
-    assert header["groups"] == ["layer.0", "layer.1"]
+    assert (header["groups"], header["left_out"]) == (["model"], {})
     assert (header["device"], header["dtype"]) == ("cpu", "float32")
     assert header["versions"]["torch"] == torch.__version__
 
@@ -173,22 +174,24 @@ def test_the_same_seed_gives_the_same_merge_and_trace_and_another_seed_does_not(
 
 
 @pytest.mark.parametrize(
-    "overrides", [(), ("search.space=model", "objective.combine=worst"), ("search.seed=3",)]
+    "overrides", [(), ("search.space=layer", "objective.combine=worst"), ("search.seed=3",)]
 )
 def test_the_winner_is_never_worse_than_any_reference_on_unseen_prompts(run, overrides):
     result, trace, _ = run(*overrides)
     judged = event(trace, "finalists")
     assert judged["prompts"] == "unseen"
     experts = ["expert expert-0", "expert expert-1", "expert expert-2"]
-    assert judged["names"] == ["base", "uniform", *experts, "archive 1", "archive 2", "archive 3", "mean"]
-    assert result.loss <= min(judged["losses"][:5])
+    general, found = ["base", "uniform", "balanced"], ["archive 1", "archive 2", "archive 3", "mean"]
+    assert judged["names"] == [*general, *experts, *found]
+    assert result.loss <= min(judged["losses"][:6])
     assert result.loss == judged["losses"][judged["names"].index(result.winner)]
 
 
 def test_a_search_that_is_long_enough_wins(run):
-    result, trace, _ = run("search.max_evaluations=300", "objective.combine=worst")
+    overrides = "search.max_evaluations=150", "search.space=layer", "prompts.per_adapter=10"
+    result, trace, _ = run(*overrides, "objective.combine=worst")
     assert result.winner.startswith(("archive", "mean"))
-    assert result.loss < min(event(trace, "finalists")["losses"][:5])
+    assert result.loss < min(event(trace, "finalists")["losses"][:6])
 
 
 def test_the_written_adapter_gives_the_logits_of_the_folded_model(run):
@@ -203,32 +206,60 @@ def test_the_written_adapter_gives_the_logits_of_the_folded_model(run):
     assert {name.replace(".default", "") for name in names} == result.merged.state_dict.keys()
 
 
-def test_a_weak_adapter_stays_near_the_uniform_merge_and_is_named(run, caplog):
+def test_a_weak_adapter_stays_near_the_balanced_merge_and_is_named(run, caplog):
     # base and expert-0 differ by 1.5 nats or so on its prompts, the others by more
     _, trace, _ = run()
     peak_kl = event(trace, "signals")["peak_kl_nats"]
+    (balanced,) = event(trace, "search")["start"]
     limit = sorted(peak_kl)[0] + 1e-6
-    result, trace, _ = run(f"objective.weak_signal_nats={limit}", "search.sigma=1", folder="weak")
+    wide = "search.space=layer", "search.start=0.3", "search.sigma=1"
+    result, trace, _ = run(f"objective.weak_signal_nats={limit}", *wide, folder="weak")
     weak = int(np.argmin(peak_kl))
     name = f"expert-{weak}"
     assert event(trace, "signals")["weak"] == [name]
     message = next(record.message for record in caplog.records if "WEAK SIGNAL" in record.message)
     assert f"{name} ({peak_kl[weak]:.3f})" in message
     assert "skeletons" in message
-    assert f"weak signal, kept near the uniform merge: {name}." in result.report
-    assert (result.coefficients[:, weak] >= 0.5 / 3).all()
-    assert (result.coefficients[:, weak] <= 1.5 / 3).all()
+    assert f"weak signal, kept near the balanced merge: {name}." in result.report
+    assert (result.coefficients[:, weak] >= 0.5 * balanced[weak]).all()
+    assert (result.coefficients[:, weak] <= 1.5 * balanced[weak]).all()
     starts = np.array(event(trace, "search")["start"])
-    assert (starts[:, weak] == 1 / 3).all()
+    assert (starts[:, weak] == balanced[weak]).all()
     assert (np.delete(starts, weak, 1) == 0.3).all()
     others = np.delete(trace.generations[0].genomes.reshape(6, 2, 3), weak, -1)
     assert others.max() > 0.5
 
 
-def test_with_all_adapters_weak_the_result_is_the_uniform_merge_or_near_it(run):
-    result, _, _ = run("objective.weak_signal_nats=100", "search.sigma=1")
-    assert np.abs(result.coefficients - 1 / 3).max() <= 0.5 / 3 + 1e-12
-    assert "the result is essentially the uniform merge" in result.report
+def test_with_all_adapters_weak_the_result_is_the_balanced_merge_or_near_it(run):
+    result, trace, _ = run("objective.weak_signal_nats=100", "search.sigma=1")
+    (balanced,) = event(trace, "search")["start"]
+    assert np.abs(result.coefficients / balanced - 1).max() <= 0.5 + 1e-12
+    assert "weak signal from all adapters: the result is close to the balanced merge" in result.report
+
+
+def test_a_broken_adapter_is_left_out_and_named_in_report_trace_coefficients_and_card(
+    run, zoo, tmp_path, caplog
+):
+    adapters = spoil(zoo, tmp_path, expert_1=1000)
+    result, trace, output = run(adapters)
+    ((name, reason),) = trace.header["left_out"].items()
+    assert (name, result.coefficients.shape) == ("expert-1", (1, 2))
+    assert "times as large as the weights it changes (limit 2)" in reason
+    assert f"left out, coefficient 0: expert-1: {reason}" in result.report.splitlines()
+    assert f"left out of the merge: expert-1: {reason}" in caplog.text
+    document = json.loads((output / "coefficients.json").read_text())
+    assert [adapter["name"] for adapter in document["adapters"]] == ["expert-0", "expert-2"]
+    assert document["provenance"]["left_out"] == {"expert-1": reason}
+    assert f"left\\_out: expert-1 {reason}" in (output / "adapter/README.md").read_text()
+    assert {prompt["expert"] for prompt in event(trace, "prompts")["searched"]} == {"expert-0", "expert-2"}
+    again, _, _ = run(adapters, resume=True)
+    np.testing.assert_array_equal(again.coefficients, result.coefficients)
+
+
+def test_where_all_adapters_are_broken_nothing_is_written(run, zoo, tmp_path):
+    with pytest.raises(InputError, match="no adapter can be merged: expert-0: "):
+        run(spoil(zoo, tmp_path, expert_0=1000, expert_1=1000, expert_2=0))
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_tiny_time_box_still_gives_one_generation_and_says_so(run):
@@ -237,9 +268,9 @@ def test_a_tiny_time_box_still_gives_one_generation_and_says_so(run):
     assert event(trace, "finalists_skipped")["needed_s"] > 0
     judged = event(trace, "finalists")
     assert names_of(trace) == [*EVENTS, "finalists_skipped", "finalists", "merged"]
-    assert (judged["prompts"], judged["names"]) == ("searched", ["base", "uniform", "archive 1"])
+    assert (judged["prompts"], judged["names"]) == ("searched", ["base", "uniform", "balanced", "archive 1"])
     assert result.loss == min(judged["losses"])
-    assert judged["losses"][2] == pytest.approx(trace.generations[0].losses.min())
+    assert judged["losses"][3] == pytest.approx(trace.generations[0].losses.min())
     assert "ended by the clock" in result.report
     assert (output / "adapter/adapter_config.json").exists()
 
@@ -296,7 +327,7 @@ def test_an_interrupt_in_the_search_ends_it_after_the_generation_and_merges_the_
     assert ends == ["interrupt"] * 3
     best = min(trace.generations, key=lambda generation: generation.losses.min())
     genome = best.genomes[best.losses.argmin()]
-    np.testing.assert_array_equal(result.coefficients, genome.reshape(2, 3))
+    np.testing.assert_array_equal(result.coefficients, [genome])
     assert result.winner == "archive 1"
     assert (event(trace, "finalists")["prompts"], result.loss) == ("searched", best.losses.min())
     document = json.loads((output / "coefficients.json").read_text())
@@ -328,11 +359,14 @@ def test_a_second_interrupt_ends_at_once(run, monkeypatch, tmp_path):
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["trace.jsonl"]
 
 
-def test_an_interrupt_before_anything_is_scored_merges_uniformly(run, monkeypatch, impatient):
+def test_an_interrupt_before_anything_is_scored_merges_the_best_reference(run, monkeypatch, impatient):
     at_scoring(monkeypatch, 1, ctrl_c)
-    result, _, _ = run()
-    assert (result.ended_by, result.winner, result.evaluations) == ("interrupt", "uniform", 0)
-    np.testing.assert_array_equal(result.coefficients, np.full((2, 3), 1 / 3))
+    result, trace, _ = run()
+    references = event(trace, "references")
+    best = references["names"][np.argmin(references["losses"])]
+    assert (result.ended_by, result.winner, result.evaluations) == ("interrupt", best, 0)
+    assert best == "balanced"
+    np.testing.assert_array_equal(result.coefficients, event(trace, "search")["start"])
 
 
 def test_an_interrupt_among_the_finalists_falls_back_on_the_searched_prompts(run, monkeypatch, impatient):
@@ -401,10 +435,10 @@ def test_the_report_says_what_won_and_on_how_many_prompts_it_agrees(finished):
     result, trace, _ = finished
     judged = event(trace, "finalists")
     lines = result.report.splitlines()
-    base, uniform = judged["losses"][:2]
+    base, uniform, balanced = judged["losses"][:3]
     assert lines[0].startswith(
         f"winner: {result.winner}, loss {result.loss:.4f} on prompts that the search has not seen "
-        f"(base {base:.4f}, uniform {uniform:.4f}, expert "
+        f"(base {base:.4f}, uniform {uniform:.4f}, balanced {balanced:.4f}, expert "
     )
     assert lines[1] == "search: 24 evaluations in 4 generations, ended by the limit on evaluations"
     shares = judged["agreement"][judged["names"].index(result.winner)]
