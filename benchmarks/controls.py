@@ -12,22 +12,23 @@ from search.space import FloatArray
 
 def permuted_coefficients(
     coefficients: FloatArray, rng: np.random.Generator
-) -> tuple[FloatArray, FloatArray]:
+) -> tuple[FloatArray, FloatArray | None]:
     """Return a merge's table (n_groups, n_adapters) with its adapters permuted, and one with its groups.
 
-    In the first every adapter has another one's column, in all groups the same one's; in the second every
-    group has another one's row. No column, or row, stays in its place.
+    In the first every adapter has another one's column, in all groups the same one's; in the second, None
+    where there is only one group, every group has another one's row. No column, or row, stays in its place.
 
     Raises:
-        ValueError: for fewer than two adapters, or groups.
+        ValueError: for fewer than two adapters.
     """
     n_groups, n_adapters = coefficients.shape
-    if min(n_groups, n_adapters) < 2:
+    if n_adapters < 2:
         raise ValueError(
-            f"coefficients have shape {coefficients.shape}, expected at least 2 groups and 2 adapters: "
+            f"coefficients have shape {coefficients.shape}, expected at least 2 adapters: "
             "one alone cannot change places"
         )
-    return coefficients[:, _draw_cycle(n_adapters, rng)], coefficients[_draw_cycle(n_groups, rng)]
+    by_adapter = coefficients[:, _draw_cycle(n_adapters, rng)]
+    return by_adapter, coefficients[_draw_cycle(n_groups, rng)] if n_groups > 1 else None
 
 
 def _draw_cycle(n: int, rng: np.random.Generator) -> NDArray[np.int64]:

@@ -6,7 +6,7 @@ Knows lines of the benchmark and limits; runs and draws nothing.
 from collections.abc import Sequence
 
 from benchmarks.quality_tables import SEARCH, estimates, gains, worthless_weights
-from benchmarks.rows import SCALED, Row
+from benchmarks.rows import SCALED, Row, is_option
 from benchmarks.zoo.check import Limit
 
 HELD_IN_MEAN, HELD_IN_SEED, WORST_TASK = 97.0, 95.0, 85.0
@@ -29,7 +29,7 @@ def variant_limits(rows: Sequence[Row], variant: str) -> list[Limit]:
     held_in, worst = estimates(searched, "held_in_N"), estimates(searched, "worst_task")
     if held_in is None or worst is None:
         return []
-    free = [row for row in own if row["method"] != SEARCH and not row.get("labels")]
+    free = [row for row in own if row["method"] != SEARCH and is_option(row)]
     scaled = [row for row in own if row["method"].endswith(SCALED)]
     task_arithmetic = [row for row in scaled if row["method"] == f"task_arithmetic{SCALED}"]
     limits = [

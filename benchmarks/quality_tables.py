@@ -1,23 +1,27 @@
 """Tables of the quality benchmark, in Markdown: methods on each variant, the search on odd expert sets.
 
-Knows the lines that benchmarks.quality and benchmarks.labelled write; runs and draws nothing.
+Knows the lines that benchmarks.quality, benchmarks.labelled and benchmarks.operator_search write; runs and
+draws nothing.
 """
 
 from collections.abc import Sequence
 
 from benchmarks.intervals import Estimate, estimate_mean
 from benchmarks.markdown import format_number, format_share, table_head, table_line
-from benchmarks.rows import Row, measured
+from benchmarks.rows import Row, is_option, measured
 
 UNIFORM, SEARCH = "uniform_average", "my_merge"
 SHARES = {"held_in_N": "held-in N", "held_in_R": "held-in R", "worst_task": "worst task's N"} | {
     "held_out": "held-out"
 }
-COSTS = {"seconds": "seconds", "evaluations": "evaluations"}
+COSTS = {"seconds": "seconds", "search_s": "search seconds", "evaluations": "evaluations"}
 HOW = (
     "Shares in percent: mean over seeds and, in brackets, its 95 % interval (percentile bootstrap, 10,000 "
     "resamples; n is the number of seeds, and methods without chance run once). N is accuracy divided by "
-    "that of the task's own expert, R = (merge - base) / (expert - base)."
+    "that of the task's own expert, R = (merge - base) / (expert - base). Seconds are the whole job's, start "
+    "to last answer; search seconds are those in which candidates were scored. No option: data-free too, but "
+    "not offered by `-m`: either what a method adds up, one update an adapter, weighed by the search from 1 "
+    "each, or the search's coefficients at other adapters than they were found for (mean of permutations)."
 )
 
 
@@ -44,7 +48,8 @@ def method_table(rows: Sequence[Row]) -> str:
     """Return the table of one variant's methods, those that use labels marked and last."""
     lines = table_head(["merge", *SHARES.values(), *COSTS.values(), "n"])
     for method, own in by_method(rows).items():
-        label = f"{method} (labels)" if own[0].get("labels") else f"`{method}`"
+        mark = "labels" if own[0].get("labels") else "no option"
+        label = f"`{method}`" if is_option(own[0]) else f"{method} ({mark})"
         shares = [format_share(estimates(own, name)) for name in SHARES]
         costs = [format_number(estimates(own, name)) for name in COSTS]
         lines.append(table_line([label, *shares, *costs, str(len(own))]))

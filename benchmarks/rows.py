@@ -18,6 +18,8 @@ KEY = ("method", "experts", "seed", "config_sha256", "code_sha256", "cores")
 
 JOINT, SINGLE, ORACLE, SCALED = "joint LoRA", "best single expert", "oracle search", ", best scale"
 """Methods of lines that labels were used for; the last one comes after the name of a method."""
+WEIGHED, PERMUTED = ", weights searched", "my_merge, coefficients permuted"
+"""Methods of lines without labels that `-m` does not offer; the first comes after the name of a method."""
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -51,6 +53,11 @@ def latest_rows(rows: Iterable[Row]) -> list[Row]:
 def measured(rows: Iterable[Row]) -> list[Row]:
     """Return the lines of runs that worked."""
     return [row for row in rows if "failure" not in row]
+
+
+def is_option(row: Row) -> bool:
+    """Say whether a line is of a method that `-m` offers: it uses no labels, and is more than an analysis."""
+    return not row.get("labels") and not row.get("no_option")
 
 
 def is_done(identity: Row, rows: Iterable[Row]) -> bool:

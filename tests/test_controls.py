@@ -40,7 +40,13 @@ def test_over_draws_every_adapter_gets_every_others_column():
     assert len(drawn) == 6  # all cycles of four
 
 
-@pytest.mark.parametrize("shape", [(1, 5), (5, 1)])
-def test_one_alone_cannot_change_places(shape):
-    with pytest.raises(ValueError, match=r"shape \(\d, \d\), expected at least 2 groups and 2 adapters"):
-        permuted_coefficients(np.zeros(shape), np.random.default_rng(0))
+def test_one_group_has_no_other_to_change_places_with():
+    by_adapter, by_group = permuted_coefficients(table_of(1, 5), np.random.default_rng(0))
+    assert by_group is None
+    assert sorted(by_adapter[0]) == sorted(table_of(1, 5)[0])
+    assert (by_adapter != table_of(1, 5)).all()
+
+
+def test_one_adapter_alone_cannot_change_places():
+    with pytest.raises(ValueError, match=r"shape \(5, 1\), expected at least 2 adapters"):
+        permuted_coefficients(np.zeros((5, 1)), np.random.default_rng(0))

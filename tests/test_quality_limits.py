@@ -18,6 +18,7 @@ def test_the_search_is_held_to_its_mean_its_worst_seed_and_the_best_of_the_other
         *(row("dare", seed, held_in_N=0.8 + 0.04 * seed, held_out=0.76) for seed in range(2)),
         row("task_arithmetic, best scale", held_in_N=0.86, held_out=0.74, labels=True),
         row("joint LoRA", held_in_N=1.0, held_out=1.0, labels=True),
+        row("tsv_m, weights searched", held_in_N=1.0, held_out=0.9, no_option=True),
     ]
     assert judged(rows) == {
         "mixed: held-in N, mean": (97.0, True),

@@ -29,9 +29,9 @@ def test_methods_go_best_first_and_those_with_labels_last():
 
 
 def test_a_method_shows_means_and_intervals_where_there_are_seeds():
-    rows = [row("ours", seed, held_in_N=0.9 + 0.02 * seed, evaluations=480) for seed in range(3)] + [
-        row("ties")
-    ]
+    rows = [
+        row("ours", seed, held_in_N=0.9 + 0.02 * seed, evaluations=480, search_s=50) for seed in range(3)
+    ] + [row("ties")]
     table = method_table(rows)
     assert cells(table, "`ours`") == [
         "`ours`",
@@ -40,16 +40,28 @@ def test_a_method_shows_means_and_intervals_where_there_are_seeds():
         "50.0",
         "50.0",
         "80",
+        "50",
         "480",
         "3",
     ]
-    assert cells(table, "`ties`") == ["`ties`", "50.0", "50.0", "50.0", "50.0", "80", "-", "1"]
+    assert cells(table, "`ties`") == ["`ties`", "50.0", "50.0", "50.0", "50.0", "80", "-", "-", "1"]
 
 
 def test_labels_are_marked_and_what_was_not_timed_is_a_dash():
     table = method_table([row("joint", labels=True, seconds=None)])
     assert cells(table, "joint")[0] == "joint (labels)"
-    assert cells(table, "joint")[5:7] == ["-", "-"]
+    assert cells(table, "joint")[5:8] == ["-", "-", "-"]
+
+
+def test_what_the_command_does_not_offer_is_marked_and_ranked_among_the_data_free():
+    other = row("tsv_m, weights searched", held_in_N=0.8, no_option=True, seconds=None, search_s=60.0)
+    table = method_table([row("ours", held_in_N=0.9), other, row("joint", labels=True, held_in_N=1.0)])
+    assert [line.split(" | ")[0] for line in table.splitlines()[2:]] == [
+        "| `ours`",
+        "| tsv_m, weights searched (no option)",
+        "| joint (labels)",
+    ]
+    assert cells(table, "tsv_m")[5:7] == ["-", "60"]
 
 
 def test_a_set_compares_the_search_with_the_uniform_merge_of_the_same_experts():

@@ -34,6 +34,7 @@ from search.recorded import TRACE_FILE
 from search.resume import Record
 from search.setup import Setup, load_setup
 from search.stack import at_least_float32
+from search.steering import WrittenPrompts
 from search.trace import TraceWriter
 
 OFF_DIAGONAL = 0.9
@@ -72,24 +73,38 @@ class RegMean(UpdateMerge):
         """
         setup = load_setup(self.config, self.loaded_base)
         rows_of = write_rows(setup, self.name, self.output)
-        sums = GramSums(OFF_DIAGONAL)
-        for expert, (adapter, rows) in enumerate(zip(adapters, rows_of, strict=True)):
-            sums.add(adapter, measure_inputs(setup.parts, rows, expert))
         n_tokens = sum(len(row) for rows in rows_of for row in rows)
         self.report = f"regmean: inputs of {n_tokens} tokens that the models wrote"
-        return {module: add_updates(parts).dense().float() for module, parts in sums.solve(ANCHOR).items()}
+        solved = solve_updates(setup.parts, rows_of)
+        return {module: add_updates(updates).dense().float() for module, updates in solved.items()}
 
 
 def write_rows(setup: Setup, method: str, output: Path) -> list[Rows]:
     """Write prompts as a search does, into a trace in `output` too; return each expert's, (n_experts,)."""
     with TraceWriter(output / TRACE_FILE) as trace:
         trace.header({**setup.describe(), "method": method})
-        written = setup.write_prompts(trace, Record())
-    rows: list[list[tuple[int, ...]]] = [[] for _ in setup.parts.names]
+        return rows_by_expert(setup.write_prompts(trace, Record()))
+
+
+def rows_by_expert(written: WrittenPrompts) -> list[Rows]:
+    """Return each expert's prompts, searched and unseen, (n_experts,)."""
+    rows: list[list[tuple[int, ...]]] = [[] for _ in range(written.searched.n_experts)]
     for prompts in (written.searched, written.unseen):
         for ids, expert in zip(prompts.ids, prompts.expert.tolist(), strict=True):
             rows[expert].append(ids)
     return list(rows)
+
+
+def solve_updates(parts: Parts, rows_of: Sequence[Rows]) -> dict[str, list[LowRank]]:
+    """Return the updates that RegMean adds up, of each module's experts in their order.
+
+    Args:
+        rows_of: (n_experts,) what each expert wrote.
+    """
+    sums = GramSums(OFF_DIAGONAL)
+    for expert, (adapter, rows) in enumerate(zip(parts.adapters, rows_of, strict=True)):
+        sums.add(adapter, measure_inputs(parts, rows, expert))
+    return sums.solve(ANCHOR)
 
 
 @torch.no_grad()
