@@ -95,13 +95,16 @@ class Wanted:
         ]
 
     def searches(self) -> Iterator[SearchPlan]:
-        """Yield the long searches, a seed at a time: of every objective, then with added terms."""
+        """Yield the long searches, a seed at a time: the default, with added terms, other objectives."""
+        others = [name for name in OBJECTIVES if name != DEFAULT.name]
         for seed in self.seeds:
-            for objective, space in product(OBJECTIVES, SPACES):
-                yield SearchPlan(objective, space, seed, self.evaluations)
+            for space in SPACES:
+                yield SearchPlan(DEFAULT.name, space, seed, self.evaluations)
             for term, weights in TERM_WEIGHTS.items():
                 for weight in weights:
                     yield SearchPlan(DEFAULT.name, "layer", seed, self.evaluations, **{term: weight})
+            for objective, space in product(others, SPACES):
+                yield SearchPlan(objective, space, seed, self.evaluations)
 
 
 def spread_out(tables: FloatArray, n: int) -> FloatArray:

@@ -124,6 +124,8 @@ def prepare_steering(
     signals = [expert_signals(parts.model, parts.stacked, parts.groups, part, budget) for part in both]
     peak_kl = signals[0].peak_kl
     is_weak = ~(peak_kl >= request.weak_signal_nats)  # NaN is weak too
+    if request.weak_signal_nats > 0:
+        is_weak |= _wrote_freely(prompts.searched)
     bounds = confine_weak(is_weak, request.balanced)
     if request.recorded is not None:
         is_weak, bounds = np.isin(parts.names, request.recorded["weak"]), _read_bounds(request.recorded)
@@ -170,14 +172,26 @@ def _read_bounds(recorded: Mapping[str, Any]) -> Bounds:
     return Bounds(*(np.array([free if x is None else x for x in recorded[key]]) for key, free in ends))
 
 
+def _wrote_freely(prompts: PromptSet) -> NDArray[np.bool_]:
+    """Say of each expert (n_experts,) whether it has no prompt from a skeleton.
+
+    What an expert writes from the start token need not look like its task, however far it is from the base's
+    text: a search that trusts it can end below the uniform merge (benchmarks.studies, no_skeleton).
+    """
+    from_skeleton = np.array(prompts.from_skeleton, dtype=bool)
+    counts: FloatArray = np.bincount(prompts.expert, weights=from_skeleton, minlength=prompts.n_experts)
+    return counts == 0
+
+
 def _warn_of_weak_prompts(
     names: Sequence[str], peak_kl: FloatArray, is_weak: NDArray[np.bool_], weak_signal_nats: float
 ) -> None:
     weak = [f"{names[index]} ({peak_kl[index]:.3f})" for index in np.flatnonzero(is_weak).tolist()]
     if weak:
         logging.getLogger(__name__).warning(
-            "WEAK SIGNAL: nowhere in their own prompts do %d of %d adapters differ from the base by %g nats: "
-            "%s. Their coefficients stay near the balanced merge. Give them `skeletons:` in the config.",
+            "WEAK SIGNAL: the prompts of %d of %d adapters are their own free text, or nowhere differ from "
+            "the base by %g nats: %s. Their coefficients stay near the balanced merge. Give them "
+            "`skeletons:` in the config.",
             len(weak),
             len(names),
             weak_signal_nats,
