@@ -86,7 +86,8 @@ def test_references_are_lines_and_the_best_expert_says_which_prompts_it_is_on():
     assert levels["base"] == 1.0
     assert levels["uniform"] == 0.8  # on the searched prompts; 0.85 on the unseen ones
     assert levels["best expert b\n(on unseen prompts)"] == 0.7
-    assert "uniform" in legend_of(drawn)
+    assert levels["balanced"] == 0.7
+    assert {"uniform", "balanced"} < set(legend_of(drawn))
 
 
 def test_phases_are_named_where_they_are_wide_enough():
@@ -105,8 +106,8 @@ def test_the_winner_is_marked_and_what_was_refused_says_why():
 
 def test_experts_are_drawn_before_and_after():
     ax = draw_experts({"run": tiny_trace()}).figure.axes[0]
-    marks = {mark.get_label(): mark.get_offsets()[:, 0].tolist() for mark in ax.collections[:3]}
-    assert marks == {"base": [1.0, 1.0], "uniform": [0.5, 0.9], "winner": [0.6, 0.2]}
+    marks = {mark.get_label(): mark.get_offsets()[:, 0].tolist() for mark in ax.collections[:4]}
+    assert marks == {"base": [1.0, 1.0], "uniform": [0.5, 0.9], "balanced": [0.4, 0.8], "winner": [0.6, 0.2]}
     assert [label.get_text() for label in ax.get_yticklabels()] == ["a", "b (weak)"]
 
 

@@ -9,7 +9,8 @@ def test_a_finished_run_is_told_in_full():
     assert str(state_finding({"mine": tiny_trace()})) == (
         "mine: the search scored 9 candidates on 300 tokens within 30 s; its limit of evaluations ended it. "
         "The best on the searched prompts came in generation 2 (of 0 to 2). On the unseen prompts the "
-        "winner is 'archive 1' with a loss of 0.6 (base 1, uniform 0.85, the best single expert b 0.7). "
+        "winner is 'archive 1' with a loss of 0.6 (base 1, uniform 0.85, balanced 0.8, the best single "
+        "expert b 0.7). "
         "It is closest to the expert b (0.2 of the base's disagreement) and farthest from a (0.6). "
         "The uniform merge is closer to 1 of 2: a."
     )
@@ -19,7 +20,7 @@ def test_an_unfinished_run_claims_nothing_of_unseen_prompts():
     text = str(state_finding({"run": odd_traces()["one generation, unfinished"]}))
     assert "it has not ended" in text
     assert "nothing is known on unseen prompts; the best loss on the searched prompts is 0.6" in text
-    assert "(base 1, uniform 0.8)" in text
+    assert "(base 1, uniform 0.8, balanced 0.7)" in text
 
 
 def test_a_run_without_generation_or_finite_loss_says_so():
@@ -28,8 +29,8 @@ def test_a_run_without_generation_or_finite_loss_says_so():
 
 
 def test_of_several_runs_the_best_on_unseen_prompts_is_named():
-    worse = tiny_end()[1] | {"losses": [1.0, 0.85, 0.75, 0.7, 0.65, None]}
-    searched = tiny_end()[1] | {"prompts": "searched", "losses": [1.0, 0.8, 0.75, 0.7, 0.1, None]}
+    worse = tiny_end()[1] | {"losses": [1.0, 0.85, 0.8, 0.75, 0.7, 0.65, None]}
+    searched = tiny_end()[1] | {"prompts": "searched", "losses": [1.0, 0.8, 0.8, 0.75, 0.7, 0.1, None]}
     whole = tiny_trace()
     runs = {
         "first": whole,

@@ -198,7 +198,7 @@ def test_the_last_of_equal_events_counts(tmp_path):
     np.testing.assert_array_equal(learn_prior([path]).spread, learn_prior([last]).spread)
 
 
-@pytest.mark.parametrize("winner", ["base", "uniform", "prior", "expert a"])
+@pytest.mark.parametrize("winner", ["base", "uniform", "balanced", "prior", "expert a"])
 def test_a_run_that_a_reference_won_is_left_out_with_a_warning(tmp_path, caplog, winner):
     lost = write_trace(tmp_path, np.zeros((2, 2)), winner=winner, finalists={"names": ["x", winner]})
     kept = write_trace(tmp_path)

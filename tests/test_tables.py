@@ -101,10 +101,11 @@ def test_the_best_candidate_is_the_best_on_all_prompts():
 
 
 def test_references_are_on_searched_prompts_and_finalists_say_theirs():
-    assert reference_table(tiny_trace())["loss"].to_dict() == {"base": 1.0, "uniform": 0.8}
+    assert reference_table(tiny_trace())["loss"].to_dict() == {"base": 1.0, "uniform": 0.8, "balanced": 0.7}
     table = finalist_table(tiny_trace())
-    assert table.index.tolist() == ["archive 1", "expert b", "expert a", "uniform", "base", "mean"]
-    assert table["kind"].tolist() == ["candidate", "expert", "expert", "reference", "reference", "candidate"]
+    found, experts, references = ["archive 1"], ["expert b", "expert a"], ["balanced", "uniform", "base"]
+    assert table.index.tolist() == [*found, *experts, *references, "mean"]
+    assert table["kind"].tolist() == ["candidate", *["expert"] * 2, *["reference"] * 3, "candidate"]
     assert set(table["prompts"]) == {"unseen"}
     assert table.loc["archive 1", ["worst", "agreement"]].tolist() == [0.6, 0.75]
     assert np.isnan(table.loc["mean", "loss"])
@@ -114,6 +115,7 @@ def test_references_are_on_searched_prompts_and_finalists_say_theirs():
 def test_experts_before_and_after_are_on_the_same_prompts():
     table = expert_table(tiny_trace())
     assert table["uniform"].tolist() == [0.5, 0.9]  # of the finalists, not the 0.8 of the searched prompts
+    assert table["balanced"].tolist() == [0.4, 0.8]
     assert table["winner"].tolist() == [0.6, 0.2]
     assert set(table["prompts"]) == {"unseen"}
     assert table["weak"].to_dict() == {"a": False, "b": True}

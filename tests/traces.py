@@ -41,7 +41,10 @@ def make_event(name: str, **content: Any) -> dict[str, Any]:
 
 
 def beginning(names: Any, groups: Any) -> list[dict[str, Any]]:
-    """Events before the first generation, and those of stages 0 and 1: four prompts, uniform at 0.8."""
+    """Events before the first generation, and those of stages 0 and 1.
+
+    Four prompts; the uniform merge is at 0.8, the balanced one at 0.7.
+    """
     start = np.full((len(groups), len(names)), 0.3).tolist()
     prompts = [
         {
@@ -56,9 +59,9 @@ def beginning(names: Any, groups: Any) -> list[dict[str, Any]]:
         make_event("signals", peak_kl_nats=[1.5] * len(names), weak=[names[-1]], seconds=1.0),
         make_event(
             "references",
-            names=["base", "uniform"],
-            losses=[1.0, 0.8],
-            per_expert=[[1.0] * len(names), [0.8] * len(names)],
+            names=["base", "uniform", "balanced"],
+            losses=[1.0, 0.8, 0.7],
+            per_expert=[[share] * len(names) for share in (1.0, 0.8, 0.7)],
             seconds=0.5,
         ),
         make_event("search", start=start, spread=start, prior=None),
@@ -105,11 +108,11 @@ def tiny_end() -> list[dict[str, Any]]:
         make_event(
             "finalists",
             prompts="unseen",
-            names=["base", "uniform", "expert a", "expert b", "archive 1", "mean"],
-            losses=[1.0, 0.85, 0.75, 0.7, 0.6, None],
-            per_expert=[[1.0, 1.0], [0.5, 0.9], [0.0, 1.2], [1.1, 0.0], [0.6, 0.2], [None, 0.3]],
-            agreement=[None, [0.5, 0.0], None, None, [1.0, 0.5], None],
-            verdicts=["beaten", "beaten", "beaten", "beaten", "winner", "not finite"],
+            names=["base", "uniform", "balanced", "expert a", "expert b", "archive 1", "mean"],
+            losses=[1.0, 0.85, 0.8, 0.75, 0.7, 0.6, None],
+            per_expert=[[1, 1], [0.5, 0.9], [0.4, 0.8], [0, 1.2], [1.1, 0], [0.6, 0.2], [None, 0.3]],
+            agreement=[None, [0.5, 0.0], None, None, None, [1.0, 0.5], None],
+            verdicts=[*["beaten"] * 5, "winner", "not finite"],
             winner="archive 1",
             winner_coefficients=coefficients,
             seconds=1.5,
@@ -154,7 +157,7 @@ def make_plain(index: int, n_params: int, loss: float = 0.4, n_experts: int = 2)
 
 
 def make_wide(n_adapters: int, n_groups: int) -> Trace:
-    """A finished run over many adapters and groups, with long names."""
+    """A finished run over many adapters and groups, with long names; older than the balanced merge."""
     names = [f"adapter_of_a_long_name_{number}" for number in range(n_adapters)]
     groups = [f"model.layers.{number}.self_attn" for number in range(n_groups)]
     table = np.random.default_rng(0).normal(size=(n_groups, n_adapters)).tolist()
