@@ -3,7 +3,6 @@
 Knows processes, devices and the clock; not what a job does.
 """
 
-import os
 import sys
 import time
 import traceback
@@ -21,7 +20,7 @@ Result = TypeVar("Result")
 
 
 class DevicePool:
-    """Processes that stay, each with one GPU in sight; with `n_jobs` 1 this process, as it is."""
+    """Processes that stay, each on one GPU; with `n_jobs` 1 this process, as it is."""
 
     def __init__(self, n_jobs: int, device: str) -> None:
         """Start no process yet.
@@ -31,14 +30,13 @@ class DevicePool:
             device: "cuda" or "cpu".
         """
         self.n_failed = 0
-        self._executor = None
+        self._executor: ProcessPoolExecutor | None = None
         if n_jobs == 1:
             _settle(device)
             return
         context = get_context("spawn")
-        visible = visible_gpus() if device == "cuda" else []
         self._executor = ProcessPoolExecutor(
-            n_jobs, mp_context=context, initializer=_settle, initargs=(device, visible, context.Value("i", 0))
+            n_jobs, mp_context=context, initializer=_settle, initargs=(device, context.Value("i", 0))
         )
 
     def __enter__(self) -> "DevicePool":
@@ -95,18 +93,13 @@ class DevicePool:
         return True
 
 
-def visible_gpus() -> list[str]:
-    """Return the GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
-    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return chosen.split(",") if chosen else [str(k) for k in range(torch.cuda.device_count())]
-
-
-def _settle(device: str, visible: Sequence[str] = (), counter: Any = None) -> None:
-    """Take one thread and, before CUDA starts, the next GPU; float32 products there may round to TF32."""
+def _settle(device: str, counter: Any = None) -> None:
+    """Take one thread and the next GPU, on which float32 products may round their factors to TF32."""
     torch.set_num_threads(1)
-    if counter is not None and visible:
+    if device != "cuda":
+        return
+    torch.set_float32_matmul_precision("high")
+    if counter is not None:
         with counter.get_lock():
             index, counter.value = counter.value, counter.value + 1
-        os.environ["CUDA_VISIBLE_DEVICES"] = visible[index % len(visible)]
-    if device == "cuda":
-        torch.set_float32_matmul_precision("high")
+        torch.cuda.set_device(index % torch.cuda.device_count())

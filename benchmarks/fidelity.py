@@ -173,7 +173,8 @@ class Run:
 def format_search(job: SearchJob, found: Row) -> str:
     """One line for people, shares in percent."""
     plan, curve = job.plan, found["curve"]
-    terms = "".join(f" {name} {found[name]:g}" for name in TERMS if found[name])
+    weights = {name: getattr(plan, name) for name in TERMS}
+    terms = "".join(f" {name} {weight:g}" for name, weight in weights.items() if weight)
     most, last = 100 * max(curve["held_in_N"]), {name: values[-1] for name, values in curve.items()}
     return (
         f"{job.scene.experts:9}{plan.objective}{terms}, {plan.space}, seed {plan.seed}: held-in {most:.1f}, "

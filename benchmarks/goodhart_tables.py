@@ -32,7 +32,7 @@ WANTED_RHO, WANTED_RHO_BEST, MOST_LOST = 0.95, 0.75, 0.01
 def lost_at_end(row: Row) -> float:
     """Return how far a search's held-in N is, at its end, below its highest."""
     held_in = row["curve"]["held_in_N"]
-    return float(max(held_in) - held_in[-1])
+    return round(float(max(held_in) - held_in[-1]), 4)  # as exact as the line is
 
 
 def search_table(lines: Lines, variants: Sequence[str]) -> str:
