@@ -21,12 +21,15 @@ from llm_merging.merging.peft_linear import multiply_sums
 from search.adapters import Adapter, Factors, load_adapter
 from search.config import load_config
 from search.merge import touched_modules
+from search.setup import load_setup
 from tests.test_main import QUERIES, read_rows
 from tests.test_merges import save_toy_zoo
+from tests.test_setup import spoil
 from tests.toys import Recipe, make_model, save_adapter
 
 FOLDED = ("dare", "dare_ties", "linear", "ties")
-TABLES = {"cat": 1 / 3, "task_arithmetic": 0.3, "uniform_average": 1 / 3}
+TABLES = {"balanced": None, "cat": 1 / 3, "task_arithmetic": 0.3, "uniform_average": 1 / 3}
+"""Methods that write coefficients: the one of all adapters, None where each has its own."""
 EQUAL_RANKS = (
     Recipe(rank=4, alpha=8, targets=("q_proj", "v_proj"), seed=1),
     Recipe(rank=4, alpha=4, targets=("q_proj", "k_proj", "down_proj"), seed=2),
@@ -95,7 +98,7 @@ def test_the_command_merges_answers_and_writes(zoo, tmp_path, monkeypatch, name)
     written = load_file(f"output/{name}/safetensor.pt")
     if name in TABLES:
         document = json.loads(Path(f"output/{name}/coefficients.json").read_text())
-        assert document["coefficients"] == [[TABLES[name]] * 3]
+        assert TABLES[name] is None or document["coefficients"] == [[TABLES[name]] * 3]
         assert written.keys() == load_file(f"output/{name}/adapter/adapter_model.safetensors").keys()
     else:
         document = json.loads(Path(f"output/{name}/merge.json").read_text())
@@ -179,6 +182,29 @@ def test_cat_of_equal_weights_is_the_uniform_average(zoo, tmp_path):
     average.merge()
     torch.testing.assert_close(cat.merged_model, average.merged_model, rtol=0, atol=0)
     torch.testing.assert_close(cat.base_model.state_dict(), average.base_model.state_dict(), rtol=0, atol=0)
+
+
+def test_the_balanced_merge_is_the_searches_reference_and_its_updates_are_equally_long(zoo, tmp_path):
+    method = make_method("balanced", zoo, output=tmp_path)
+    method.merge()
+    (row,) = json.loads((tmp_path / "coefficients.json").read_text())["coefficients"]
+    assert row == pytest.approx(load_setup(method.config).balanced, rel=1e-6)
+    adapters = method._load_adapters()
+    norms = [sum(float((f.scaling * f.B @ f.A).norm()) ** 2 for f in a.modules.values()) for a in adapters]
+    assert max(row) < 1
+    lengths = np.array(row) * np.sqrt(norms)
+    np.testing.assert_allclose(lengths, lengths[0], rtol=1e-5)
+
+
+def test_the_balanced_merge_leaves_no_adapter_out(zoo, tmp_path):
+    method = METHODS["balanced"](
+        "balanced", load_config(zoo, ["device=cpu", spoil(zoo, tmp_path, expert_1=1000)])
+    )
+    method.output = tmp_path
+    method.merge()
+    document = json.loads((tmp_path / "coefficients.json").read_text())
+    assert [adapter["name"] for adapter in document["adapters"]] == ["expert-0", "expert-1", "expert-2"]
+    assert np.isfinite(document["coefficients"]).all()
 
 
 MERGES_OF_DELTAS = {

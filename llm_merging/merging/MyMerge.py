@@ -9,7 +9,7 @@ from search.run import run_search
 
 
 class MyMerge(Merges):
-    """Coefficients per adapter and layer, evolved inside the time box; see docs/METHOD.md."""
+    """Coefficients per adapter, evolved inside the time box; see docs/METHOD.md."""
 
     def merge(self) -> None:
         """Search, write trace, adapter and coefficients to `output`, and fold the winner into the base."""

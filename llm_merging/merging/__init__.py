@@ -1,6 +1,7 @@
 """The merge methods by name; a method of one's own goes into MyMerge.py."""
 
 from llm_merging.merging.adamerging import AdaMerging
+from llm_merging.merging.balanced import Balanced
 from llm_merging.merging.best_single import BestSingle
 from llm_merging.merging.core_space import CoreSpaceMerge
 from llm_merging.merging.dare import Dare, DareTies
@@ -18,6 +19,7 @@ from llm_merging.merging.uniform_average import UniformAverage
 
 METHODS: dict[str, type[Merges]] = {
     "adamerging": AdaMerging,
+    "balanced": Balanced,
     "best_single": BestSingle,
     "cat": Cat,
     "core_space": CoreSpaceMerge,
