@@ -118,7 +118,7 @@ def measure_reference(config: SearchConfig, experts: str, name: str, n_queries: 
 
 
 def fit_time_box(config: SearchConfig, search_s: float, base: LoadedBase, folder: Path) -> SearchConfig:
-    """Return the configuration with a time box that leaves so many seconds for the search.
+    """Return the configuration with a time box that leaves so many seconds for search and refinement.
 
     What the rest takes on this machine is measured on a run of one generation. The last generation starts
     before these seconds are over, and ends after.
@@ -128,39 +128,49 @@ def fit_time_box(config: SearchConfig, search_s: float, base: LoadedBase, folder
     trace = Trace.load(folder / TRACE_FILE)
     rest_s = NO_LIMIT_S - (trace.last("search") or {})["left_s"]
     longest_s = max(generation.seconds for generation in trace.generations)
-    return _with_search(config, time_box_s=rest_s + search_s + CAUTION * longest_s)
+    left_s = max(0.0, search_s - refinement_cost(trace)["seconds"])
+    return _with_search(config, time_box_s=rest_s + left_s + CAUTION * longest_s)
 
 
 def _with_search(config: SearchConfig, **settings: Any) -> SearchConfig:
     return config.model_copy(update={"search": config.search.model_copy(update=settings)})
 
 
+def refinement_cost(trace: Trace) -> dict[str, float]:
+    """Return seconds and tokens of the gradient steps after the search."""
+    refined = trace.last("refined") or {}
+    return {"seconds": refined.get("seconds", 0.0), "n_tokens": refined.get("n_tokens", 0)}
+
+
 def read_clocks(trace: Trace, n_generations: int) -> dict[str, float]:
-    """Return seconds of search, tokens and evaluations that so many generations took."""
-    if not n_generations:
-        return {"seconds": 0.0, "n_tokens": 0, "evaluations": 0}
-    past = trace.generations[:n_generations]
+    """Return seconds, tokens and evaluations of a search of so many generations and of refining its best."""
+    refined, past = refinement_cost(trace), trace.generations[:n_generations]
+    search_s = past[-1].elapsed_s - (trace.last("search") or {})["elapsed_s"]
     return {
-        "seconds": round(past[-1].elapsed_s - (trace.last("search") or {})["elapsed_s"], 2),
-        "n_tokens": sum(generation.n_tokens for generation in past),
+        "seconds": round(search_s + refined["seconds"], 2),
+        "n_tokens": sum(generation.n_tokens for generation in past) + refined["n_tokens"],
         "evaluations": past[-1].evaluations,
     }
 
 
 def generations_by(trace: Trace, clock: str, at: float) -> int | None:
-    """Return how many generations were done when a clock read `at`; None before the first, after the end."""
-    readings = [read_clocks(trace, n)[clock] for n in range(len(trace.generations) + 1)]
-    n_done = int(np.searchsorted(readings, at, side="right")) - 1
-    return n_done if n_done > 0 and at <= readings[-1] else None
+    """Return after how many generations a search had to end for a clock to read at most `at` in the end.
+
+    None where one is too many, and where the whole search took less.
+    """
+    readings = [read_clocks(trace, n)[clock] for n in range(1, len(trace.generations) + 1)]
+    n_done = int(np.searchsorted(readings, at, side="right"))
+    return n_done if n_done and at <= readings[-1] else None
 
 
 def describe_search(trace: Trace, result: RunResult) -> dict[str, Any]:
-    """Return what the search spent, what ended it, and what it steered by."""
+    """Return what search and refinement spent, what ended the search, and what it steered by."""
     clocks = read_clocks(trace, len(trace.generations))
     prompts, signals = trace.last("prompts") or {}, trace.last("signals") or {}
     return {
         "search_s": clocks.pop("seconds"),
         **clocks,
+        "refined_s": round(refinement_cost(trace)["seconds"], 2),
         "generations": len(trace.generations),
         "ended_by": result.ended_by,
         "winner": result.winner,

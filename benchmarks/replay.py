@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from search.ending import judge_on_unseen
+from search.ending import judge_on_unseen, refine_best
 from search.loop import Past, SearchTools
 from search.planning import choose_optimizer, set_limits
 from search.resume import Record
@@ -42,13 +42,15 @@ class Replay:
     def tables_after(self, n_generations: int) -> dict[str, FloatArray]:
         """Return CHOSEN, MEAN and, where a loss was finite, BEST, (n_groups, n_adapters) each.
 
-        CHOSEN is what a run that had ended there would have returned, but for the gradient's refinement of
-        the best, which is not done.
+        CHOSEN is what a run whose search had ended there would have returned, refined if it is configured.
         """
+        steering, gradient = self._steering, self._setup.config.search.gradient
         with TraceWriter(self._folder / "replay.jsonl") as writer:
             writer.header({})
             found = self._found_after(n_generations, writer)
-            chosen = judge_on_unseen(self._steering, found, None, writer).winner.coefficients
+            pace = gradient.refine_steps, gradient.learning_rate
+            refined = refine_best(steering, found, self._setup.plan(steering)[-1].space, pace, writer)
+            chosen = judge_on_unseen(steering, found, refined, writer).winner.coefficients
         tables = {CHOSEN: chosen, MEAN: found.mean}
         return {**tables, BEST: found.archive[0]} if len(found.archive) else tables
 

@@ -44,8 +44,8 @@ DOCUMENT, SECTION = ROOT / "docs/METHOD.md", "studies"
 FIGURES = Path("figures")
 """Seen from the document's folder."""
 SECONDS = (15.0, 60.0, 300.0)
-TOKENS = (100_000, 400_000, 1_500_000)
-"""The default's 480 evaluations take 440,000."""
+TOKENS = (200_000, 400_000, 1_500_000)
+"""The demo's 320 evaluations and 40 gradient steps take 430,000."""
 NO_LIMIT = 10**6
 """Evaluations, where seconds end the search."""
 
@@ -100,7 +100,7 @@ def _plan_study(study: Study, experts: str, arguments: argparse.Namespace, folde
         if not path.exists():
             _write_config(path, arm, experts, arguments.config, folder)
         limit = (f"search.max_evaluations={NO_LIMIT}",) if seconds and not arm.reference else ()
-        overrides = (*arm.overrides, *limit, *arguments.overrides)
+        overrides = (*limit, *arm.overrides, *arguments.overrides)
         points = Checkpoints(
             seconds=tuple(sorted(seconds)),
             tokens=tuple(arguments.tokens),

@@ -130,7 +130,14 @@ ALL_POSITIONS = Arm("all positions", ("objective.positions=all",), family="posit
 NO_SKELETONS = Arm("no skeletons", change=dropped, family="skeletons")
 PROMPT_COUNTS = _settings("prompts", "prompts an adapter:", "prompts.per_adapter", 1, 2, 4, 8, 16, 32)
 OBJECTIVE = "objective", "objective.name"
-OBJECTIVES = _settings("objective", *OBJECTIVE, *OBJECTIVE_NAMES)
+NO_GRADIENT = "search.gradient.refine_steps=0"
+TOP1 = "top1_disagreement"
+STEPLESS = Arm(f"objective {TOP1}, not refined", (f"objective.name={TOP1}", NO_GRADIENT), family="objective")
+"""It has no gradient."""
+OBJECTIVES = (
+    *_settings("objective", *OBJECTIVE, *(name for name in OBJECTIVE_NAMES if name != TOP1)),
+    STEPLESS,
+)
 COMBINATIONS = _settings("combination", "combine", "objective.combine", "mean", "mean_sqrt", "worst")
 SPACES = (
     Arm("space model", ("search.space.groups=model",), family="space"),
@@ -155,7 +162,7 @@ SCALES = (
     Arm("non-negative, log", ("search.space.sign=non_negative", "search.space.scale=log"), family="scale"),
 )
 GRADIENTS = (
-    *_settings("gradient", "refine", "search.gradient.refine_steps", 0, 10, 30),
+    *_settings("gradient", "refine", "search.gradient.refine_steps", 0, 10, 40, 80),
     Arm("inject every 4", ("search.gradient.inject_every=4",), family="gradient"),
 )
 STARTS = (Arm("start 0.1", ("search.start=0.1",), family="start"), START)
@@ -181,8 +188,9 @@ _PROMPTS = (
 )
 _ABLATION = (
     *(DEFAULT, NO_RACE, COMBINATIONS[0]),
-    *_settings("objective", *OBJECTIVE, "forward_kl", "top1_disagreement", "entropy_gap"),
-    *_settings("finalists", "finalists", "search.n_finalists", 1),
+    *(GRADIENTS[0], Arm("one generation, then refined", ("search.max_evaluations=16",))),
+    *_settings("objective", *OBJECTIVE, "forward_kl", "entropy_gap"),
+    *(STEPLESS, *_settings("finalists", "finalists", "search.n_finalists", 1)),
     *(START, NO_SKELETONS, ALL_POSITIONS),
 )
 _FREE = Arm("no skeletons, all free", ("objective.weak_signal_nats=0",), dropped, "skeletons")

@@ -29,8 +29,10 @@ UNITS = {"seconds": "{:g} s", "n_tokens": "{:,g} tokens", "evaluations": "{:,g} 
 HOW = (
     "Shares in percent: mean over seeds and, in brackets, its 95 % interval (percentile bootstrap, 10,000 "
     "resamples; n is the number of seeds). N is held-in accuracy divided by that of the task's own expert. "
-    "Seconds, evaluations and tokens are the search's alone. On the way: what a run that had ended there "
-    "would have returned, its N and its held-out accuracy; a dash where its search ended before."
+    "Seconds and tokens are those of the search and of the gradient steps that refine its best, without the "
+    "tokens of gradient steps that are injected. On the way: what a run that had been given so much would "
+    "have returned, its N and its held-out accuracy; a dash where its search ended before, or would not have "
+    "had a generation."
 )
 
 

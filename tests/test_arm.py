@@ -24,7 +24,8 @@ OWN = "### Task: Add.\n### Problem:{problem}\n### Answer:"
 OTHER = "### Task: Count.\n### Exercise:{exercise}\n### Result:"
 TINY = (
     *("prompts.per_adapter=1", "prompts.unseen_per_adapter=1", "prompts.max_new_tokens=12"),
-    *("search.n_candidates=4", "search.max_evaluations=1000000", "device=cpu"),
+    *("search.n_candidates=4", "search.max_evaluations=1000000", "search.gradient.refine_steps=2"),
+    "device=cpu",
 )
 
 
@@ -44,13 +45,21 @@ def test_the_last_seconds_end_the_search_and_the_others_are_looked_at():
 
 
 def test_a_checkpoint_is_the_last_generation_before_it_and_nothing_beyond_the_end(trace):
-    ends = [read_clocks(trace, n) for n in range(4)]
-    assert [end["n_tokens"] for end in ends] == [0, 100, 200, 300]
-    assert [end["evaluations"] for end in ends] == [0, *(g.evaluations for g in trace.generations)]
-    assert ends[1]["seconds"] == trace.generations[0].elapsed_s - 2
+    ends = [read_clocks(trace, n) for n in (1, 2, 3)]
+    assert [end["n_tokens"] for end in ends] == [100, 200, 300]
+    assert [end["evaluations"] for end in ends] == [g.evaluations for g in trace.generations]
+    assert ends[0]["seconds"] == trace.generations[0].elapsed_s - 2
     found = [generations_by(trace, "n_tokens", at) for at in (99, 100, 150, 200, 300, 301)]
     assert found == [None, 1, 1, 2, 3, None]
-    assert generations_by(trace, "seconds", ends[2]["seconds"] + 0.1) == 2
+    assert generations_by(trace, "seconds", ends[1]["seconds"] + 0.1) == 2
+
+
+def test_refining_the_best_takes_from_the_searchs_time(trace):
+    trace.events.append(make_event("refined", seconds=5.0, n_tokens=50))
+    assert read_clocks(trace, 1)["n_tokens"] == 150
+    assert read_clocks(trace, 3)["seconds"] == trace.generations[-1].elapsed_s - 2 + 5
+    assert [generations_by(trace, "n_tokens", at) for at in (149, 150, 249, 350)] == [None, 1, 1, 3]
+    assert generations_by(trace, "evaluations", trace.generations[1].evaluations) == 2
 
 
 def test_answers_are_what_comes_after_the_cue_of_the_skeleton_that_was_used():

@@ -16,7 +16,12 @@ ROOT = Path(__file__).parents[1]
 SETTINGS = (
     *("search.max_evaluations=24", "search.n_candidates=6", "search.race_keep=0.5", "search.n_finalists=3"),
     *("search.space.groups=layer", "search.stages=[{share: 1, groups: model}, {share: 1, groups: layer}]"),
-    *("search.gradient.inject_every=2", "prompts.per_adapter=2", "prompts.unseen_per_adapter=1"),
+    *(
+        "search.gradient.inject_every=2",
+        "search.gradient.refine_steps=2",
+        "prompts.per_adapter=2",
+        "prompts.unseen_per_adapter=1",
+    ),
     *("prompts.max_new_tokens=12", "device=cpu"),
 )
 N_FIRST_STAGE = 2
