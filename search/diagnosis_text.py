@@ -98,7 +98,8 @@ def _show_adapters(found: Diagnosis) -> list[str]:
         *_align(rows),
         *(f"left out, coefficient 0: {name}: {reason}" for name, reason in found.left_out.items()),
         f"peak KL: most that expert and base differ in nats, mean of {found.prompts.tried_searched} prompts; "
-        f"weak below {found.weak_signal_nats:g}. The run measures again, on {found.prompts.searched}.",
+        f"weak below {found.weak_signal_nats:g}, or without skeletons. The run measures again, on "
+        f"{found.prompts.searched}.",
     ]
 
 

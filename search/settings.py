@@ -182,7 +182,8 @@ class ObjectiveSettings(ConfigSection):
     positions: Literal["auto", "all", "answer"] = "auto"
     """Tokens that count; "auto" is the answer's where there is a skeleton, else all."""
     weak_signal_nats: Annotated[float, Field(ge=0)] = 0.5
-    """An adapter that nowhere differs more from the base, on its prompts, stays near the balanced merge."""
+    """An adapter that nowhere differs more from the base, on its prompts, or has no skeletons, stays near the
+    balanced merge; 0 for none."""
 
     @field_validator("name")
     @classmethod

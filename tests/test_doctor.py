@@ -22,9 +22,13 @@ from search.setup import load_setup
 from search.trial import try_run
 from tests.test_merges import save_toy_zoo
 from tests.test_priors import make_prior
+from tests.test_setup import spoil
 
 ROOT = Path(__file__).parents[1]
-QUICK = ("device=cpu", "prompts.per_adapter=3", "prompts.unseen_per_adapter=4", "prompts.max_new_tokens=10")
+QUICK = (
+    *("device=cpu", "prompts.per_adapter=3", "prompts.unseen_per_adapter=4", "prompts.max_new_tokens=10"),
+    "objective.weak_signal_nats=0",  # without skeletons all would be weak
+)
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +66,20 @@ def test_it_reports_base_adapters_stages_and_prompts_as_a_run_would_have_them(fo
     assert found.prompts.tokens_per_candidate == pytest.approx(9 * found.prompts.tokens_per_prompt)
     assert found.prior is None
     assert found.gradient_s is None
+
+
+def test_adapters_without_skeletons_are_weak_and_what_is_left_out_is_told(configure, zoo, tmp_path):
+    found = examine(configure("objective.weak_signal_nats=0.5", spoil(zoo, tmp_path, expert_0=1000)))
+    assert [(facts.name, facts.is_weak) for facts in found.adapters] == [
+        ("expert-1", True),
+        ("expert-2", True),
+    ]
+    assert found.prompts.n_adapters == 2
+    text = describe_diagnosis(found)
+    assert f"left out, coefficient 0: expert-0: {found.left_out['expert-0']}" in text.splitlines()
+    assert (
+        "weak signal, to be kept near the balanced merge: expert-1, expert-2; give them `skeletons:`" in text
+    )
 
 
 def test_seconds_and_memory_are_measured(found):

@@ -33,6 +33,7 @@ QUICK = (
     "device=cpu",
     *("prompts.per_adapter=3", "prompts.unseen_per_adapter=4", "prompts.max_new_tokens=10"),
     *("search.max_evaluations=24", "search.n_candidates=6", "search.n_finalists=3"),
+    "objective.weak_signal_nats=0",  # without skeletons all would be confined
 )
 TIMES = {"elapsed_s", "seconds", "peak_bytes", "left_s", "needed_s"}
 EVENTS = ["prompts", "signals", "references", "search", "stage", "stage_ended", "search_ended"]
@@ -206,17 +207,17 @@ def test_the_written_adapter_gives_the_logits_of_the_folded_model(run):
     assert {name.replace(".default", "") for name in names} == result.merged.state_dict.keys()
 
 
-def test_a_weak_adapter_stays_near_the_balanced_merge_and_is_named(run, caplog):
-    # base and expert-0 differ by 1.5 nats or so on its prompts, the others by more
+def test_a_weak_adapter_stays_near_the_balanced_merge_and_is_named(run, zoo, caplog):
     _, trace, _ = run()
-    peak_kl = event(trace, "signals")["peak_kl_nats"]
     (balanced,) = event(trace, "search")["start"]
-    limit = sorted(peak_kl)[0] + 1e-6
-    wide = "search.space=layer", "search.start=0.3", "search.sigma=1"
-    result, trace, _ = run(f"objective.weak_signal_nats={limit}", *wide, folder="weak")
-    weak = int(np.argmin(peak_kl))
-    name = f"expert-{weak}"
+    weak, name = 1, "expert-1"
+    skeletons = [["sum {x}\nis:"], [], ["say {x}\nso:"]]  # who writes freely is weak
+    folder = zoo.parent / "adapters"
+    adapters = [{"source": f"{folder}/expert-{i}", "skeletons": own} for i, own in enumerate(skeletons)]
+    wide = "search.space=layer", "search.start=0.3", "search.sigma=1", "objective.weak_signal_nats=0.5"
+    result, trace, _ = run(*wide, f"adapters={json.dumps(adapters)}", folder="weak")
     assert event(trace, "signals")["weak"] == [name]
+    peak_kl = event(trace, "signals")["peak_kl_nats"]
     message = next(record.message for record in caplog.records if "WEAK SIGNAL" in record.message)
     assert f"{name} ({peak_kl[weak]:.3f})" in message
     assert "skeletons" in message

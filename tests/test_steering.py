@@ -39,7 +39,7 @@ def written():
     return WrittenPrompts(*prompts.split(2))
 
 
-def steer(parts, trace, weak_signal_nats=0.0, *, prior=None, recorded=None):
+def steer(parts, trace, weak_signal_nats=0.0, *, prior=None, recorded=None, prompts=None):
     request = SteeringRequest(
         scoring=Scoring(),
         weak_signal_nats=weak_signal_nats,
@@ -47,7 +47,7 @@ def steer(parts, trace, weak_signal_nats=0.0, *, prior=None, recorded=None):
         prior=prior,
         recorded=recorded,
     )
-    return prepare_steering(parts, written(), request, trace)
+    return prepare_steering(parts, prompts or written(), request, trace)
 
 
 def last_events(tmp_path):
@@ -106,8 +106,10 @@ def test_weak_adapters_are_confined_started_at_balanced_and_named_loudly(parts, 
         found = steer(parts, trace, weak_signal_nats=0.2)  # not below: not weak
     assert found.weak == ("expert-1",)
     (record,) = caplog.records
-    assert record.message.startswith("WEAK SIGNAL: nowhere in their own prompts do 1 of 3 adapters differ")
-    assert "by 0.2 nats: expert-1 (0.010)." in record.message
+    assert record.message.startswith(
+        "WEAK SIGNAL: the prompts of 1 of 3 adapters are their own free text, or"
+    )
+    assert "nowhere differ from the base by 0.2 nats: expert-1 (0.010)." in record.message
     np.testing.assert_allclose(found.bounds.low, [-np.inf, 0.25, -np.inf])
     np.testing.assert_allclose(found.bounds.high, [np.inf, 0.75, np.inf])
     start = found.confine(np.array([[0.4, 0.4, 0.5], [0.6, 0.9, 0.7]]))
@@ -115,6 +117,21 @@ def test_weak_adapters_are_confined_started_at_balanced_and_named_loudly(parts, 
     assert found.bounds.hold(start)
     assert found.bounds.hold(found.references[2].coefficients)
     assert last_events(tmp_path)["signals"]["weak"] == ["expert-1"]
+
+
+@pytest.mark.parametrize(("weak_signal_nats", "weak"), [(1e-6, ("expert-0", "expert-2")), (0.0, ())])
+def test_who_has_no_prompt_from_a_skeleton_is_weak_whatever_it_says_unless_nobody_is(
+    parts, trace, weak_signal_nats, weak
+):
+    both = written()
+    from_skeleton = tuple(
+        bool(expert == 1 and index < 3) for index, expert in enumerate(both.searched.expert)
+    )
+    assert sum(from_skeleton) == 1  # one of its two
+    prompts = replace(both, searched=replace(both.searched, from_skeleton=from_skeleton))
+    found = steer(parts, trace, weak_signal_nats, prompts=prompts)
+    assert found.weak == weak
+    assert np.isfinite(found.bounds.low).tolist() == [name in weak for name in parts.names]
 
 
 def test_a_signal_that_is_not_a_number_is_weak(parts, trace, monkeypatch):
