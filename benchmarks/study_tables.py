@@ -57,17 +57,14 @@ def study_rows(rows: Sequence[Row], study: str, experts: str) -> dict[str, list[
     that seconds ended where it has no others.
     """
     arms = [arm.name for arm in STUDIES[study].arms]
-    own = [row for row in rows if row["experts"] == experts and not {*arms}.isdisjoint(row["arms"])]
-    limits = {row["limit_s"] for row in measured(own)} - {None}
-    by_evaluations = [row for row in own if row["limit_s"] is None]
-    if STUDIES[study].is_timed or not any("search_s" in row for row in measured(by_evaluations)):
-        longest = max(limits, default=None)
-        own = [row for row in own if row["limit_s"] == longest or "search_s" not in row]
-    else:
-        own = by_evaluations
-    found = {
-        arm: list({row["seed"]: row for row in measured(own) if arm in row["arms"]}.values()) for arm in arms
-    }
+    own = measured(row for row in rows if row["experts"] == experts and not {*arms}.isdisjoint(row["arms"]))
+    merges = [row for row in own if "search_s" not in row]
+    by_evaluations = [row for row in own if "search_s" in row and row["limit_s"] is None]
+    by_seconds = [row for row in own if row["limit_s"] is not None]
+    longest_s = max((row["limit_s"] for row in by_seconds), default=None)
+    longest = [row for row in by_seconds if row["limit_s"] == longest_s]
+    shown = [*merges, *(longest if STUDIES[study].is_timed or not by_evaluations else by_evaluations)]
+    found = {arm: list({row["seed"]: row for row in shown if arm in row["arms"]}.values()) for arm in arms}
     return {arm: runs for arm, runs in found.items() if runs}
 
 

@@ -52,6 +52,10 @@ def test_only_the_longest_searches_count_and_only_where_seconds_end_them():
     assert [run["held_in_N"] for run in study_rows(rows[:2], "ablation", "mixed")["default"]] == [0.9]
 
 
+def test_a_study_that_seconds_end_shows_no_other_runs():
+    assert study_rows([row("default", limit_s=None)], "search", "mixed") == {}
+
+
 def test_merges_without_a_search_stand_beside_searches():
     merge = row("uniform merge", limit_s=None, N=0.2)
     del merge["search_s"]
