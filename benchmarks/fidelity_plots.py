@@ -4,9 +4,11 @@ Knows the lines that benchmarks.fidelity writes, and matplotlib through search.p
 """
 
 from collections.abc import Sequence
+from itertools import product
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.ticker import FuncFormatter
 
 from benchmarks.drawn_merges import KINDS
 from benchmarks.fidelity_plan import TERM_WEIGHTS, VISITED
@@ -15,13 +17,17 @@ from benchmarks.fidelity_scene import SOURCES
 from benchmarks.fidelity_tables import SOURCE_NAMES, SPACES, Lines
 from benchmarks.rows import Row
 from search.objective import OBJECTIVES
-from search.picture import BLACK, PALETTE, Picture, make_axes, say_nothing, set_title
+from search.picture import BLACK, GREY, PALETTE, Picture, make_axes, say_nothing, set_title
 from search.space import FloatArray
 
 PANEL_HEIGHT = 3.2
 """Inches."""
 KIND_COLOURS = dict(zip((*KINDS, VISITED), PALETTE, strict=True))
 STYLES = ("-", "--")
+SPACE_STYLES = {"layer": "-", "model": "--"}
+OTHERS = [name for name in OBJECTIVES if name != DEFAULT.name]
+OBJECTIVE_COLOURS = {DEFAULT.name: BLACK, **dict(zip(OTHERS, (*PALETTE[:-1], GREY), strict=True))}
+PLAIN = FuncFormatter(lambda value, _: f"{value:,g}")
 MEASURES = {"held_in_N": "held-in N (%)", "held_out": "held-out accuracy (%)"}
 RHOS = {"held_in": "held-in", "held_in_best": "held-in, best quarter", "held_out": "held-out"}
 
@@ -44,11 +50,9 @@ def draw_points(lines: Lines, variants: Sequence[str]) -> Picture:
         if row is None:
             say_nothing(ax, "not measured")
             continue
-        kinds = np.array(row["kinds"])
-        for kind, colour in KIND_COLOURS.items():
-            own = kinds == kind
-            loss, held_in = (np.array(row[name], dtype=float)[own] for name in ("loss", "held_in"))
-            ax.plot(loss, 100 * held_in, ".", color=colour, markersize=4, alpha=0.7, label=kind)
+        for kind, own in row["points"].items():
+            held_in = 100 * _numbers(own["held_in"])
+            ax.plot(own["loss"], held_in, ".", color=KIND_COLOURS[kind], markersize=4, alpha=0.7, label=kind)
         ax.set_xlabel("loss (0: every expert, 1: the base)")
         ax.set_ylabel(MEASURES["held_in_N"])
         set_title(ax, "", {}, f"experts: {variant}")
@@ -67,6 +71,7 @@ def draw_prompts(lines: Lines, variants: Sequence[str]) -> Picture:
                 label = f"{SOURCE_NAMES[source]}{', best quarter' if name == 'held_in_best' else ''}"
                 ax.plot(curve["prompts"], _numbers(curve[name]), style, marker=".", color=colour, label=label)
         ax.set_xscale("log", base=2)
+        ax.xaxis.set_major_formatter(PLAIN)
         ax.set_xlabel("prompts an adapter")
         ax.set_ylabel("rank correlation with held-in N")
         set_title(ax, "", {}, f"experts: {variant}")
@@ -75,21 +80,22 @@ def draw_prompts(lines: Lines, variants: Sequence[str]) -> Picture:
 
 
 def draw_searches(lines: Lines, variants: Sequence[str]) -> Picture:
-    """Draw true accuracies along searches: two panels a variant, a line an objective, dashed by layer."""
+    """Draw true accuracies along searches: two panels a variant, a line an objective and space."""
     figure, grid = make_axes([PANEL_HEIGHT] * len(variants), len(MEASURES))
     for variant, axes in zip(variants, grid, strict=True):
         for ax, (name, label) in zip(axes, MEASURES.items(), strict=True):
-            for k, objective in enumerate(OBJECTIVES):
-                for space, style in zip(SPACES, STYLES, strict=True):
-                    rows = lines.plain_searches(variant, objective, space)
-                    colour = BLACK if objective == DEFAULT.name else PALETTE[(k - 1) % (len(PALETTE) - 1)]
-                    if rows:
-                        x, y = mean_curve(rows, name)
-                        ax.plot(x, 100 * y, style, color=colour, label=f"{objective}, {SPACES[space]}")
+            for objective, space in product(OBJECTIVES, SPACE_STYLES):
+                if rows := lines.plain_searches(variant, objective, space):
+                    x, y = mean_curve(rows, name)
+                    style, colour = SPACE_STYLES[space], OBJECTIVE_COLOURS[objective]
+                    ax.plot(x, 100 * y, style, color=colour, label=objective if space == "layer" else None)
             ax.set_xscale("log")
+            ax.xaxis.set_major_formatter(PLAIN)
             ax.set_xlabel("evaluations")
             ax.set_ylabel(label)
             set_title(ax, "", {}, f"experts: {variant}")
+    for space, style in SPACE_STYLES.items():
+        grid[0][-1].plot([], [], style, color=GREY, label=f"one coefficient {SPACES[space]}")
     _explain(grid[0][-1])
     return Picture(figure, f"True accuracy along long searches by objective, on {', '.join(variants)}")
 
@@ -101,8 +107,10 @@ def draw_terms(lines: Lines, variants: Sequence[str]) -> Picture:
         for (term, weights), colour in zip(TERM_WEIGHTS.items(), PALETTE, strict=False):
             row = lines.part("terms", variant)
             for name, style in zip(("held_in", "held_out"), STYLES, strict=True) if row else ():
-                y = _numbers(row["curves"][term][name]) if row else []
-                left.plot(range(len(y)), y, style, marker=".", color=colour, label=f"{term}, {RHOS[name]}")
+                y = _numbers(row["curves"][term][name] if row else [])
+                left.plot(
+                    np.arange(len(y)), y, style, marker=".", color=colour, label=f"{term}, {RHOS[name]}"
+                )
             _draw_trade(right, lines, variant, term, (0.0, *weights), colour)
             if row:
                 left.set_xticks(range(len(row["weights"])), [f"{weight:g}" for weight in row["weights"]])

@@ -78,12 +78,15 @@ class Ranked:
         """(n_merges,)"""
 
     def ranking(self) -> Row:
-        """How every objective and combination ranks merges; by distribution with the default combination."""
+        """How every objective and combination ranks merges; on other positions with the default one alone.
+
+        By distribution, too, with the default combination on the default positions.
+        """
         entries, by_kind = [], {}
         for positions, objective in product(self._positions, NAMES):
             distances = self._distances(objective, positions)
-            for combine, losses_of in COMBINES.items():
-                losses = losses_of(distances)
+            for combine in COMBINES if positions == self._positions[0] else [DEFAULT.combine]:
+                losses = COMBINES[combine](distances)
                 ranks = self._judge.judge(losses).values()
                 numbers = [value for rank in ranks for value in (rank.rho, rank.low, rank.high)]
                 entries.append([objective, combine, positions, *map(rounded, numbers)])
@@ -134,10 +137,16 @@ class Ranked:
         return {"part": "bound", "checks": checks}
 
     def points(self) -> Row:
-        """Every merge's default loss and true accuracies."""
+        """Every merge's default loss and true accuracies, by distribution."""
         columns = {"loss": self._default(), "held_in": self._judge.held_in, "held_out": self._judge.held_out}
-        shown = {name: [rounded(value) for value in values] for name, values in columns.items()}
-        return {"part": "points", "kinds": self.kinds.tolist(), **shown}
+        points = {
+            kind: {
+                name: [rounded(value) for value in values[self.kinds == kind]]
+                for name, values in columns.items()
+            }
+            for kind in dict.fromkeys(self.kinds.tolist())
+        }
+        return {"part": "points", "points": points}
 
     @property
     def _most_prompts(self) -> int:
@@ -164,4 +173,4 @@ class Ranked:
 
 def rounded(value: float) -> float | None:
     """Return a number short enough for a line, None for NaN, which JSON has not."""
-    return None if np.isnan(value) else round(float(value), 4)
+    return None if np.isnan(value) else round(float(value), 3)

@@ -26,7 +26,8 @@ NORMAL_95 = 1.96
 
 def mean_log(per_expert: FloatArray) -> FloatArray:
     """Return the mean over experts of log(x + 0.01), of (n, n_experts)."""
-    return np.log(per_expert.clip(min=0) + LOG_OFFSET).mean(axis=-1)
+    losses: FloatArray = np.log(per_expert.clip(min=0) + LOG_OFFSET).mean(axis=-1)
+    return losses
 
 
 def _known(name: str) -> Callable[[FloatArray], FloatArray]:
@@ -103,7 +104,8 @@ def best_quarter(held_in: FloatArray) -> NDArray[np.intp]:
 def _centred_ranks(values: FloatArray) -> FloatArray:
     """Return ranks along the last axis, ties shared, less their mean."""
     ranks: FloatArray = rankdata(values, axis=-1)
-    return ranks - ranks.mean(axis=-1, keepdims=True)
+    ranks -= ranks.mean(axis=-1, keepdims=True)
+    return ranks
 
 
 def draw_subsets(expert: NDArray[np.int64], n: int, rng: np.random.Generator) -> list[NDArray[np.intp]]:

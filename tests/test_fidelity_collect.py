@@ -1,7 +1,6 @@
 """Measured merges of the shipped zoo: prompts of every source, distances as the search has them, lines."""
 
 import json
-import math
 
 import numpy as np
 import pytest
@@ -147,7 +146,7 @@ def test_lines_are_json_and_say_what_was_measured(scene, paths):
         text = json.dumps(rows, allow_nan=False)
         assert [row["part"] for row in json.loads(text)][:2] == ["ranking", "prompts_needed"]
         assert len(rows) == (5 if source == "skeleton" else 2)
-        assert len(rows[0]["entries"]) == 8 * 4 * (2 if source == "skeleton" else 1)
+        assert len(rows[0]["entries"]) == 8 * (4 + 1 if source == "skeleton" else 4)
         assert {row["n_merges"] for row in rows} == {3}
         assert rows[1]["curve"]["prompts"] == [1]
     ranking, _, terms, bound, points = make_rows(StatisticsJob(scene, 1, "skeleton", paths))
@@ -155,5 +154,5 @@ def test_lines_are_json_and_say_what_was_measured(scene, paths):
     assert entry["combine"] == "mean_sqrt"
     assert terms["curves"]["retention"]["held_in"][0] == entry["held_in"]
     assert bound["checks"][0]["n_pairs"] == 30
-    assert points["loss"][2] == min(points["loss"])
-    assert all(math.isfinite(value) for value in points["held_in"])
+    assert {kind: len(own["loss"]) for kind, own in points["points"].items()} == {"single": 2, "balanced": 1}
+    assert points["points"]["balanced"]["loss"] < points["points"]["single"]["loss"]

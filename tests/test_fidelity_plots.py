@@ -44,6 +44,8 @@ def test_every_merge_is_a_point(pictures):
 def test_curves_are_means_over_seeds_in_percent_without_the_start(pictures):
     line = pictures["goodhart"].figure.axes[0].lines[0]
     np.testing.assert_allclose(line.get_xydata(), [[160, 80], [1_600, 96], [10_000, 95]])
+    shown = pictures["goodhart"].figure.axes[1].get_legend_handles_labels()[1]
+    assert shown == ["entropy_excess", "one coefficient an adapter and layer", "one coefficient an adapter"]
 
 
 def test_a_converged_search_stays_and_one_that_was_cut_ends_the_mean():
