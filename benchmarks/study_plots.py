@@ -86,7 +86,7 @@ def _dress(ax: Axes, label: str) -> None:
     ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
     ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     ax.xaxis.set_minor_locator(NullLocator())
-    ax.set_xlabel("seconds of search")
+    ax.set_xlabel("seconds of search and refinement")
     ax.set_ylabel(label)
     ax.grid(visible=True, alpha=0.25)
     drawn = [y for line in ax.lines for y in np.asarray(line.get_ydata(), dtype=float)]
