@@ -1,6 +1,6 @@
 """How well losses rank merges by true accuracy: rank correlations, prompts needed, and the label-free bound.
 
-Pure numpy and scipy: knows losses, accuracies and prompts of a variant; not models or how they were measured.
+Knows losses, accuracies and prompts of a variant; not models or how they were measured.
 """
 
 from collections.abc import Callable

@@ -8,6 +8,7 @@ import pytest
 
 from benchmarks import fidelity
 from benchmarks.fidelity import main
+from benchmarks.fidelity_collect import Batch
 from benchmarks.fidelity_plan import BATCH, VISITED, Wanted, spread_out
 from benchmarks.rows import read_rows
 from search.objective import OBJECTIVES
@@ -86,6 +87,9 @@ def done(monkeypatch):
         },
     }
     monkeypatch.setattr(fidelity.DevicePool, "run", run)
+    monkeypatch.setattr(
+        fidelity.Wanted, "batches", lambda self, scene, visited: [Batch(scene, 1, (), visited[0])]
+    )
     monkeypatch.setattr(fidelity.signal, "signal", lambda *_: None)
     return jobs
 
@@ -94,7 +98,8 @@ def arguments(tmp_path, *more):
     return [*SMALL, "--out", str(tmp_path / "f.jsonl"), "--arrays", str(tmp_path / "arrays"), *more]
 
 
-def test_what_is_recorded_is_not_done_again(done, tmp_path, capsys):
+def test_what_is_recorded_is_not_done_again(done, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(fidelity, "draw_all", lambda *_: {})
     assert main(arguments(tmp_path)) == 0
     assert {name: len(jobs) for name, jobs in done.items()} == {
         "write_scene_prompts": 6,
@@ -116,7 +121,8 @@ def test_what_is_recorded_is_not_done_again(done, tmp_path, capsys):
     assert "(n = 1)" in capsys.readouterr().out
 
 
-def test_a_search_that_time_cut_short_is_done_again(done, tmp_path):
+def test_a_search_that_time_cut_short_is_done_again(done, tmp_path, monkeypatch):
+    monkeypatch.setattr(fidelity, "draw_all", lambda *_: {})
     main(arguments(tmp_path, "--long"))
     path = tmp_path / "f.jsonl"
     rows = read_rows(path)
