@@ -46,8 +46,8 @@ FIGURES = Path("figures")
 SECONDS = (15.0, 60.0, 300.0)
 TOKENS = (200_000, 400_000, 1_500_000)
 """The demo's 320 evaluations and 40 gradient steps take 430,000."""
-NO_LIMIT = 10**6
-"""Evaluations, where seconds end the search."""
+NO_LIMITS = "search.time_box_s=1000000", "search.max_evaluations=1000000"
+"""The first in all runs; the second where seconds end the search."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,8 +99,8 @@ def _plan_study(study: Study, experts: str, arguments: argparse.Namespace, folde
         path = folder / f"{experts}-{arm.change.__name__ if arm.change else 'own'}.yaml"
         if not path.exists():
             _write_config(path, arm, experts, arguments.config, folder)
-        limit = (f"search.max_evaluations={NO_LIMIT}",) if seconds and not arm.reference else ()
-        overrides = (*limit, *arm.overrides, *arguments.overrides)
+        limits = NO_LIMITS if seconds and not arm.reference else NO_LIMITS[:1]
+        overrides = (*limits, *arm.overrides, *arguments.overrides)
         points = Checkpoints(
             seconds=tuple(sorted(seconds)),
             tokens=tuple(arguments.tokens),

@@ -69,8 +69,10 @@ def test_seconds_end_the_study_of_searches_and_evaluations_the_others(tmp_path):
     jobs = plan(tmp_path, *"--study search ablation --variants mixed --seeds 0 --seeds 0".split())
     default, timed = ([j for j in jobs if j.label == label] for label in ("default", "default, 300 s"))
     assert (len(default), len(timed)) == (1, 1)
-    limits = [load_config(j.config, j.overrides).search.max_evaluations for j in (default[0], timed[0])]
-    assert limits == [load_config(DEMO).search.max_evaluations, 10**6]
+    settings = [load_config(j.config, j.overrides).search for j in (default[0], timed[0])]
+    own = load_config(DEMO).search.max_evaluations
+    assert [found.max_evaluations for found in settings] == [own, 10**6]
+    assert [found.time_box_s for found in settings] == [10**6, 10**6]
 
 
 def test_settings_of_all_arms_go_over_an_arms_own(tmp_path):
