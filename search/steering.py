@@ -178,9 +178,9 @@ def _wrote_freely(prompts: PromptSet) -> NDArray[np.bool_]:
     What an expert writes from the start token need not look like its task, however far it is from the base's
     text: a search that trusts it can end below the uniform merge (benchmarks.studies, no_skeleton).
     """
-    from_skeleton = np.array(prompts.from_skeleton, dtype=bool)
-    counts: FloatArray = np.bincount(prompts.expert, weights=from_skeleton, minlength=prompts.n_experts)
-    return counts == 0
+    is_free = np.ones(prompts.n_experts, dtype=bool)
+    is_free[prompts.expert[list(prompts.from_skeleton)]] = False
+    return is_free
 
 
 def _warn_of_weak_prompts(
