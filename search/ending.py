@@ -4,6 +4,8 @@ Knows evaluators, finalists and the trace; not the clock, the optimiser or what 
 """
 
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -15,6 +17,16 @@ from search.steering import Steering
 from search.trace import TraceWriter
 
 
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """How a descent goes."""
+
+    steps: int
+    learning_rate: float
+    go_on: Callable[[], bool]
+    """Asked before each gradient: whether there is time for one more."""
+
+
 def estimate_finalists_s(steering: Steering, n_archived: int) -> float:
     """Seconds that `judge_on_unseen` takes at most with an archive of this size."""
     n_candidates = n_archived + 2  # and the distribution's mean, and a refined one
@@ -23,10 +35,16 @@ def estimate_finalists_s(steering: Steering, n_archived: int) -> float:
     return (n_losses + n_agreements) * steering.unseen_candidate_s
 
 
-def descend(steering: Steering, start: FloatArray, steps: int, learning_rate: float) -> tuple[Descent, int]:
+def descend(
+    steering: Steering,
+    start: FloatArray,
+    steps: int,
+    learning_rate: float,
+    go_on: Callable[[], bool] = lambda: True,
+) -> tuple[Descent, int]:
     """Take steps down the gradient from coefficients (n_groups, n_adapters) on the searched prompts.
 
-    The start is visited too: `steps` + 1 gradients.
+    The start is visited too: `steps` + 1 gradients, fewer where `go_on` says so before one.
 
     Returns:
         The descent, and the tokens that it took.
@@ -41,27 +59,34 @@ def descend(steering: Steering, start: FloatArray, steps: int, learning_rate: fl
 
     bounds = steering.bounds
     descent = adam_descend(
-        gradient_of, start, steps=steps + 1, learning_rate=learning_rate, low=bounds.low, high=bounds.high
+        gradient_of,
+        start,
+        steps=steps + 1,
+        learning_rate=learning_rate,
+        low=bounds.low,
+        high=bounds.high,
+        go_on=go_on,
     )
     return descent, n_tokens
 
 
 def refine_best(
-    steering: Steering, found: Found, space: Space, pace: tuple[int, float], trace: TraceWriter
+    steering: Steering, found: Found, space: Space, pace: Pace, trace: TraceWriter
 ) -> FloatArray | None:
-    """Descend from the archive's best, back into the space, and record it; None without steps or an archive.
+    """Descend from the archive's best, back into the space, and record it.
 
     Args:
         space: of the last stage: its signs, top k and structure hold for the result.
-        pace: steps and learning rate.
+
+    Returns:
+        (n_groups, n_adapters); None without an archive, or where the pace allows no gradient at all.
     """
-    steps, learning_rate = pace
-    if not steps or not len(found.archive):
+    if not len(found.archive) or not pace.go_on():
         return None
     started_s = time.monotonic()
-    descent, n_tokens = descend(steering, found.archive[0], steps, learning_rate)
+    descent, n_tokens = descend(steering, found.archive[0], pace.steps, pace.learning_rate, pace.go_on)
     seconds = time.monotonic() - started_s
-    trace.event("refined", steps=steps, losses=descent.losses, n_tokens=n_tokens, seconds=seconds)
+    trace.event("refined", steps=pace.steps, losses=descent.losses, n_tokens=n_tokens, seconds=seconds)
     genome, _ = space.encode(descent.best, np.ones(space.shape))
     refined: FloatArray = space.to_coefficients(genome[None])[0]
     return refined

@@ -26,7 +26,7 @@ class Descent:
     """(n_visited,) of all points, the start first; all finite, fewer than asked for if it broke off."""
 
 
-def adam_descend(
+def adam_descend(  # noqa: PLR0913 (a function, a point, a pace and a box)
     gradient_of: Callable[[FloatArray], tuple[float, FloatArray]],
     start: FloatArray,
     *,
@@ -34,6 +34,7 @@ def adam_descend(
     learning_rate: float,
     low: ArrayLike,
     high: ArrayLike,
+    go_on: Callable[[], bool] = lambda: True,
 ) -> Descent:
     """Visit `steps` points, the start among them, by Adam; each is clipped to the box.
 
@@ -45,6 +46,7 @@ def adam_descend(
         learning_rate: about how far a coefficient moves in one step.
         low: bounds that broadcast to the start, -inf where free.
         high: as `low`, inf where free.
+        go_on: asked before each point but the first; False ends the descent with what it has.
 
     Raises:
         ValueError: on fewer than one step.
@@ -56,6 +58,8 @@ def adam_descend(
     losses: list[float] = []
     m, v = np.zeros_like(theta), np.zeros_like(theta)
     for t in range(1, steps + 1):
+        if t > 1 and not go_on():
+            break
         loss, g = gradient_of(theta.copy())
         if not np.isfinite(loss):
             break

@@ -12,7 +12,14 @@ import numpy as np
 
 from search.adapters import Adapter
 from search.delivery import deliver_merge, rehearse_merge
-from search.ending import descend, estimate_finalists_s, judge_on_searched, judge_on_unseen, refine_best
+from search.ending import (
+    Pace,
+    descend,
+    estimate_finalists_s,
+    judge_on_searched,
+    judge_on_unseen,
+    refine_best,
+)
 from search.finalists import Judgement
 from search.groups import Groups
 from search.interruption import Interrupted, Interruption
@@ -31,6 +38,9 @@ from search.steering import Steering
 from search.summary import RunFacts, write_summary
 from search.timebox import TimeBox
 from search.trace import TraceWriter
+
+REFINE_SHARE = 0.5
+"""Of the time that is left for search and refinement, the most that is kept for the latter."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -117,18 +127,22 @@ class Phases:
         merge_s = rehearse_merge(self._parts, uniform, self._config.base.name, output)
         settings = self._config.search
         self._gradient_s = self._time_gradient(steering, uniform)
-        refine_s = (settings.gradient.refine_steps + 1) * self._gradient_s
-        finalists_s = CAUTION * (refine_s + estimate_finalists_s(steering, settings.n_finalists))
+        finalists_s = CAUTION * estimate_finalists_s(steering, settings.n_finalists)
         self._box.reserve("merge", CAUTION * (merge_s + steering.searched_candidate_s))
         self._box.reserve("finalists", finalists_s)
+        steps = settings.gradient.refine_steps
+        refine_s = CAUTION * (steps + 1) * self._gradient_s if steps else 0.0
+        self._box.reserve("refine", min(refine_s, REFINE_SHARE * max(0.0, self._box.left_s())))
         return finalists_s
 
     def _time_gradient(self, steering: Steering, at: FloatArray) -> float:
-        """Take one gradient where some are asked for, in seconds; one that cannot be taken shows now."""
-        gradient, started_s = self._config.search.gradient, time.monotonic()
-        if gradient.refine_steps or gradient.inject_every:
+        """Take two gradients where some are asked for, the faster one's seconds; what cannot be shows now."""
+        gradient, seconds = self._config.search.gradient, []
+        for _ in range(2 if gradient.refine_steps or gradient.inject_every else 0):
+            started_s = time.monotonic()
             steering.searched.gradient(at)
-        return time.monotonic() - started_s
+            seconds.append(time.monotonic() - started_s)
+        return min(seconds, default=0.0)
 
     def _search(self, steering: Steering) -> Found:
         self._phase("search")
@@ -186,16 +200,16 @@ class Phases:
     def _judge(self, steering: Steering, found: Found, finalists_s: float) -> tuple[EndedBy, Judgement]:
         """Compare on unseen prompts; on searched ones after an interrupt (before or now), or without time."""
         self._phase("finalists")
+        self._box.release("refine")
         self._box.release("finalists")
-        settings = self._config.search.gradient
         done = self._record.event("finalists")  # is done again as it was, whatever the clock says
         try:
             if self._interruption.requested:
                 raise Interrupted
             if done["prompts"] == "unseen" if done else self._box.fits(finalists_s):
-                steps, rate = settings.refine_steps, settings.learning_rate
+                pace = self._pace_refinement(done is not None, finalists_s)
                 space = self._setup.plan(steering)[-1].space
-                refined = refine_best(steering, found, space, (steps, rate), self._trace)
+                refined = refine_best(steering, found, space, pace, self._trace)
                 judgement = judge_on_unseen(steering, found, refined, self._trace)
                 self._record_back_offs(steering)
                 return found.ended_by, judgement
@@ -205,6 +219,16 @@ class Phases:
             self._trace.event("interrupt", phase=phase)
             return "interrupt", judge_on_searched(steering, found, self._trace)
         return found.ended_by, judge_on_searched(steering, found, self._trace)
+
+    def _pace_refinement(self, is_done: bool, finalists_s: float) -> Pace:
+        """Return steps as configured while there is time, or exactly those of an earlier run."""
+        settings, recorded = self._config.search.gradient, self._record.event("refined")
+        if is_done:
+            steps = len(recorded["losses"]) - 1 if recorded else 0
+            return Pace(steps, settings.learning_rate, lambda: recorded is not None)
+        needed_s = finalists_s + CAUTION * self._gradient_s
+        steps = settings.refine_steps
+        return Pace(steps, settings.learning_rate, lambda: steps > 0 and self._box.fits(needed_s))
 
     def _record_back_offs(self, steering: Steering) -> None:
         """Record the times that memory ran out since the last call."""

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from search.ending import descend, estimate_finalists_s, judge_on_searched, judge_on_unseen, refine_best
+from search.ending import Pace, descend, estimate_finalists_s, judge_on_searched, judge_on_unseen, refine_best
 from search.evaluate import GradientScores
 from search.finalists import Bounds, make_references
 from search.groups import group_modules
@@ -171,7 +171,7 @@ def test_descent_stays_within_the_bounds_of_weak_adapters():
 
 def test_the_archives_best_is_refined_and_recorded(recorded):
     found = make_found((0.1, 0.0), (5, 5))
-    refined = refine_best(make_steering(), found, SPACE, (30, 0.05), recorded.writer)
+    refined = refine_best(make_steering(), found, SPACE, Pace(30, 0.05, lambda: True), recorded.writer)
     assert ((refined - TARGET) ** 2).sum() < 0.1 * ((found.archive[0] - TARGET) ** 2).sum()
     (event,) = recorded.events()
     assert (event["event"], event["steps"], event["n_tokens"]) == ("refined", 30, 310)
@@ -179,7 +179,17 @@ def test_the_archives_best_is_refined_and_recorded(recorded):
     assert event["losses"][0] == pytest.approx(((found.archive[0] - TARGET) ** 2).sum())
 
 
-@pytest.mark.parametrize(("archive", "steps"), [([], 5), ([(0.1, 0.0)], 0)])
-def test_without_steps_or_an_archive_nothing_is_refined(recorded, archive, steps):
-    assert refine_best(make_steering(), make_found(*archive), SPACE, (steps, 0.05), recorded.writer) is None
+@pytest.mark.parametrize(("archive", "may"), [([], True), ([(0.1, 0.0)], False)])
+def test_without_time_or_an_archive_nothing_is_refined(recorded, archive, may):
+    pace = Pace(5, 0.05, lambda: may)
+    assert refine_best(make_steering(), make_found(*archive), SPACE, pace, recorded.writer) is None
     assert recorded.events() == []
+
+
+def test_a_refinement_ends_when_its_time_does(recorded):
+    answers = iter([True] * 4 + [False])
+    pace = Pace(30, 0.05, lambda: next(answers))
+    refined = refine_best(make_steering(), make_found((0.1, 0.0)), SPACE, pace, recorded.writer)
+    (event,) = recorded.events()
+    assert len(event["losses"]) == 4  # the first answer allowed the start
+    assert ((refined - TARGET) ** 2).sum() == pytest.approx(min(event["losses"]))

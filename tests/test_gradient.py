@@ -124,6 +124,19 @@ def test_the_start_is_left_as_it_was_even_if_the_function_writes_to_its_argument
     assert start.tolist() == descent.best.tolist() == [1, 1]
 
 
+def test_a_descent_goes_on_while_it_may():
+    answers = iter([True, True, False])
+    descent = adam_descend(
+        lambda x: (float(x.sum()), np.ones(1)),
+        np.zeros(1),
+        steps=9,
+        learning_rate=0.1,
+        go_on=lambda: next(answers),
+        **FREE,
+    )
+    np.testing.assert_allclose(descent.losses, [0, -0.1, -0.2])
+
+
 def test_no_steps_are_refused():
     with pytest.raises(ValueError, match="steps is 0, expected at least 1"):
         adam_descend(lambda x: (0.0, x), np.zeros(1), steps=0, learning_rate=0.1, **FREE)
