@@ -291,7 +291,7 @@ NESTED = st.recursive(
 )
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.dictionaries(KEYS, NESTED, max_size=4), st.booleans())
 def test_any_yaml_is_a_config_or_one_line(document, with_valid_start):
     if with_valid_start:

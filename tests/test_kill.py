@@ -24,12 +24,12 @@ from tests.test_merges import save_toy_zoo
 SETTINGS = (
     "device=cpu",
     *("prompts.per_adapter=4", "prompts.unseen_per_adapter=3", "prompts.max_new_tokens=10"),
-    *("search.max_evaluations=150", "search.n_candidates=6", "search.n_finalists=3", "search.race_keep=0.5"),
-    "search.stages=[{share: 1, genome: adapter}, {share: 2}]",
-    "search.gradient.inject_every=3",
+    *("search.max_evaluations=90", "search.n_candidates=6", "search.n_finalists=3", "search.race_keep=0.5"),
+    "search.stages=[{share: 1, groups: model}, {share: 2, groups: layer}]",
+    *("search.gradient.inject_every=3", "objective.weak_signal_nats=0"),
 )
 TIMES = {"elapsed_s", "seconds", "peak_bytes", "left_s", "needed_s", "commit"}
-N_MOMENTS, N_MOMENTS_SLOW = 25, 50
+N_MOMENTS, N_MOMENTS_SLOW = 14, 50
 
 
 @dataclass
@@ -170,7 +170,7 @@ def check_moments(servers, whole, folder, moments):
         n_equal, n_in_search = np.sum(list(tried), axis=0)
     sys.stdout.write(f"{n_equal} of {len(moments)} equal\n")
     assert n_equal == len(moments)
-    assert n_in_search >= len(moments) / 4, "hardly any kill hit the search: nothing was shown"
+    assert n_in_search >= len(moments) / 8, "hardly any kill hit the search: nothing was shown"
 
 
 def try_moments(whole, folder, server, moments):

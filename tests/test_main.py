@@ -2,9 +2,6 @@
 
 import csv
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -89,27 +86,6 @@ def test_the_average_is_merged_answered_and_written(zoo, here, capsys):
     assert not list(here.rglob("*.partial"))
     first_line = capsys.readouterr().out.splitlines()[0]
     assert first_line == f"config: {zoo} (--config; choose another with --config FILE.yaml)"
-
-
-def test_it_runs_from_any_directory_without_pythonpath(zoo, here):
-    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    command = [
-        sys.executable,
-        str(ROOT / "llm_merging/main.py"),
-        "-m",
-        "uniform_average",
-        "--config",
-        str(zoo),
-    ]
-    done = subprocess.run(
-        [*command, "--dataset_filepaths", "queries.csv", "--output_folder", "out"],
-        capture_output=True,
-        text=True,
-        env=environment,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert len(read_rows("out/queries.csv")) == 3
 
 
 def test_several_datasets_are_answered_each_into_its_own_file(zoo, here, quick):

@@ -1,9 +1,8 @@
 """The scorer: a case counted by hand, and files that do not fit together."""
 
 import json
-import subprocess
+import runpy
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -129,7 +128,7 @@ def test_bytes_that_are_not_utf8_are_refused(files, capsys):
     assert "cannot be read as CSV" in refusal(capsys)
 
 
-def test_it_runs_as_a_module(files):
+def test_it_runs_as_a_module(files, monkeypatch, capsys):
     rows = "".join(f"{i},x,generation,\n" for i in range(1, 6))
     (files / "queries.csv").write_text("id,input,eval_type,answer_choices\n" + rows)
     paths = {
@@ -138,6 +137,9 @@ def test_it_runs_as_a_module(files):
         "queries": "queries.csv",
     }
     options = [f"--{option}={files / path}" for option, path in paths.items()]
-    command = [sys.executable, "-m", "benchmarks.score", str(files / "predictions.csv"), *options]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1], check=True)
-    assert json.loads(done.stdout.splitlines()[-1])["n"] == 5
+    monkeypatch.setattr(sys, "argv", ["score", str(files / "predictions.csv"), *options])
+    monkeypatch.delitem(sys.modules, "benchmarks.score")
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module("benchmarks.score", run_name="__main__")
+    assert ended.value.code == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["n"] == 5

@@ -15,7 +15,7 @@ def hold(folder, is_held, may_end):
 
 
 def test_a_folder_is_held_by_one_process_at_a_time(tmp_path):
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("fork")  # which imports nothing anew
     is_held, may_end = context.Event(), context.Event()
     process = context.Process(target=hold, args=(tmp_path, is_held, may_end))
     process.start()
