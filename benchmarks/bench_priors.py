@@ -120,8 +120,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--config", type=Path, default=ROOT / "configs/demo.yaml")
     parser.add_argument("--jobs", type=int, default=1, help="searches at a time")
     parser.add_argument("--threads", type=int, default=2, help="of each")
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="settings")
     arguments = parser.parse_args(argv)
-    config = load_config(arguments.config)
+    config = load_config(arguments.config, arguments.set)
     compare = partial(
         compare_starts,
         config=config,
@@ -142,6 +143,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     result = {"benchmark": "bench_priors", "config": arguments.config.name, "seconds": arguments.seconds}
     result |= {
         **describe_machine(),
+        "set": arguments.set,
         "jobs": arguments.jobs,
         "threads": arguments.threads,
         "summary": summary,

@@ -147,6 +147,8 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> SearchConfig:
 def rebuild_config(recorded: Any, path: str, folder: str | None = None) -> SearchConfig:
     """Rebuild the configuration that a trace's header holds; weights are looked for where they were.
 
+    A trace from before adapters were left out has no limit to their norms.
+
     Args:
         path: of the trace, for errors.
         folder: where relative paths began; the working directory when None.
@@ -154,6 +156,8 @@ def rebuild_config(recorded: Any, path: str, folder: str | None = None) -> Searc
     Raises:
         InputError: if it is none, or a folder is gone.
     """
+    if isinstance(recorded, dict) and isinstance(recorded.get("search"), dict):
+        recorded = {**recorded, "search": {"max_relative_norm": None, **recorded["search"]}}
     try:
         return SearchConfig.model_validate(recorded, context={"roots": (Path(folder or ""),)})
     except ValidationError as error:

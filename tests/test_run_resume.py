@@ -9,7 +9,7 @@ import pytest
 
 import search.setup
 from search.base import load_base
-from search.config import load_config
+from search.config import load_config, rebuild_config
 from search.errors import InputError
 from search.evaluate import PopulationEvaluator
 from search.run import run_search
@@ -279,6 +279,25 @@ def test_a_balanced_merge_of_another_last_bit_repeats_the_recorded_genomes(
     found, expected = (Trace.load(folder / "trace.jsonl").generations for folder in (tmp_path, whole))
     for generation, other in zip(found, expected, strict=True):
         np.testing.assert_array_equal(generation.genomes, other.genomes)
+
+
+def test_a_run_begun_before_the_balanced_merge_is_gone_on_with_as_it_was_begun(zoo, base, tmp_path):
+    overrides = "search.start=0.3", "search.sigma=0.15", "search.max_relative_norm=null", "search.space=layer"
+    run_search(load_config(zoo, [*OPTIONS, *overrides]), output=tmp_path / "whole", base=base)
+    header, *lines = (json.loads(line) for line in lines_of(tmp_path / "whole"))
+    del header["left_out"], header["config"]["search"]["max_relative_norm"]
+    for line in lines:
+        if line.get("event") == "references":
+            for key in ("names", "losses", "per_expert"):
+                del line[key][2]
+    at = places(tmp_path / "whole", "generation")[1]
+    old = tmp_path / "trace.jsonl"
+    old.write_text("".join(json.dumps(line) + "\n" for line in [header, *lines[:at]]))
+    run_search(rebuild_config(header["config"], str(old)), output=tmp_path, base=base, resume=True)
+    found, expected = (Trace.load(folder / "trace.jsonl") for folder in (tmp_path, tmp_path / "whole"))
+    for generation, other in zip(found.generations, expected.generations, strict=True):
+        np.testing.assert_array_equal(generation.genomes, other.genomes)
+    assert found.last("finalists")["winner"] == expected.last("finalists")["winner"]
 
 
 def test_without_resume_the_run_starts_over(whole, config, base, tmp_path):
