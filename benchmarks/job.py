@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
 from dataclasses import dataclass
@@ -134,9 +134,15 @@ def run_job(job: Job, output: Path, running: set[int]) -> Outcome[Job]:
 
 
 def run_process(
-    command: Sequence[str], log_path: Path, running: set[int]
+    command: Sequence[str],
+    log_path: Path,
+    running: set[int],
+    environment: Mapping[str, str] | None = None,
 ) -> tuple[str, dict[str, float], str]:
-    """Run a command in the checkout, on the cores of this thread and without a GPU.
+    """Run a command in the checkout, on the cores of this thread.
+
+    Args:
+        environment: `job_environment` when None, which has no GPU.
 
     Returns:
         What it wrote, its `seconds` and `peak_mb`, and how it failed, "" if it did not.
@@ -144,7 +150,7 @@ def run_process(
     started_s = time.monotonic()
     with log_path.open("w", encoding="utf-8") as log:
         process = subprocess.Popen(
-            command, cwd=ROOT, env=job_environment(), stdout=log, stderr=subprocess.STDOUT
+            command, cwd=ROOT, env=environment or job_environment(), stdout=log, stderr=subprocess.STDOUT
         )
         running.add(process.pid)
         _, status, usage = os.wait4(process.pid, 0)
