@@ -31,7 +31,7 @@ from benchmarks.job import Outcome, run_pinned, run_process, split_cores
 from benchmarks.plots import write_svg
 from benchmarks.rows import append_row, is_done, measured, read_rows
 from benchmarks.sections import replace_section
-from benchmarks.study_arms import STUDIES, Arm, Study
+from benchmarks.study_arms import STUDIES, Arm
 from benchmarks.study_plots import draw_families
 from benchmarks.study_tables import studies_text, study_rows
 from benchmarks.zoo.sets import VARIANTS, write_config
@@ -57,6 +57,8 @@ class ArmJob:
     arm: Arm
     names: tuple[str, ...]
     """Of all arms that come to the same, this one first."""
+    studies: tuple[str, ...]
+    """That have one of them."""
     experts: str
     seed: int
     config: Path
@@ -84,16 +86,21 @@ def plan_jobs(arguments: argparse.Namespace, folder: Path) -> list[ArmJob]:
     for name, study in STUDIES.items():
         own = arguments.variants or study.variants
         for experts in (variant for variant in VARIANTS if variant in every):
-            for job in _plan_study(study, experts, arguments, folder):
+            for job in _plan_study(name, experts, arguments, folder):
                 key = job.digest, experts, job.seed
-                names = (*jobs[key].names, *job.names) if key in jobs else job.names
-                jobs[key] = replace(jobs.get(key, job), names=tuple(dict.fromkeys(names)))
+                jobs[key] = _join(jobs[key], job) if key in jobs else job
                 if name in arguments.study and experts in own:
                     wanted.add(key)
     return [job for key, job in jobs.items() if key in wanted]
 
 
-def _plan_study(study: Study, experts: str, arguments: argparse.Namespace, folder: Path) -> Iterator[ArmJob]:
+def _join(first: ArmJob, other: ArmJob) -> ArmJob:
+    names, studies = (*first.names, *other.names), (*first.studies, *other.studies)
+    return replace(first, names=tuple(dict.fromkeys(names)), studies=tuple(dict.fromkeys(studies)))
+
+
+def _plan_study(name: str, experts: str, arguments: argparse.Namespace, folder: Path) -> Iterator[ArmJob]:
+    study = STUDIES[name]
     seconds = arguments.seconds if arguments.seconds is not None else SECONDS if study.is_timed else ()
     for arm in study.arms:
         path = folder / f"{experts}-{arm.change.__name__ if arm.change else 'own'}.yaml"
@@ -108,10 +115,9 @@ def _plan_study(study: Study, experts: str, arguments: argparse.Namespace, folde
         )
         points = Checkpoints() if arm.reference else points
         digest = _digest(load_config(path, overrides), arm, points, arguments.queries)
+        shown_as, n_queries = ((arm.name,), (name,)), arguments.queries
         for seed in arguments.seeds[:1] if arm.reference else arguments.seeds:
-            yield ArmJob(
-                *(arm, (arm.name,), experts, seed, path, overrides, points, digest, arguments.queries)
-            )
+            yield ArmJob(arm, *shown_as, experts, seed, path, overrides, points, digest, n_queries)
 
 
 def _write_config(path: Path, arm: Arm, experts: str, template: Path, folder: Path) -> None:
@@ -157,6 +163,7 @@ def identify(job: ArmJob, arguments: argparse.Namespace) -> dict[str, Any]:
         "benchmark": "studies",
         "method": job.label,
         "arms": list(job.names),
+        "studies": list(job.studies),
         "limit_s": job.checkpoints.limit_s,
         "experts": job.experts,
         "seed": job.seed,

@@ -14,7 +14,7 @@ from benchmarks.markdown import format_number, format_share, table_head, table_l
 from benchmarks.quality_tables import describe_runs, estimates
 from benchmarks.replay import BEST, CHOSEN, MEAN
 from benchmarks.rows import Row, measured
-from benchmarks.study_arms import STUDIES
+from benchmarks.study_arms import DEFAULT, STUDIES
 from benchmarks.zoo.sets import VARIANTS
 
 SHARES = {"held_in_N": "N", "worst_task": "worst task's N", "held_out": "held-out"}
@@ -53,17 +53,15 @@ class Point:
 def study_rows(rows: Sequence[Row], study: str, experts: str) -> dict[str, list[Row]]:
     """Return the runs of each arm of a study on one expert set, the last one of each seed.
 
-    Where seconds end the search, those with the most of them count. A study that evaluations end shows runs
-    that seconds ended where it has no others.
+    Where seconds ended searches, those with the most of them count. Nothing is returned where only the
+    default was run, for another study.
     """
+    own = measured(row for row in rows if row["experts"] == experts and study in row["studies"])
+    if all(DEFAULT.name in row["arms"] for row in own):
+        return {}
+    longest_s = max((row["limit_s"] for row in own if row["limit_s"] is not None), default=None)
+    shown = [row for row in own if row["limit_s"] == longest_s or "search_s" not in row]
     arms = [arm.name for arm in STUDIES[study].arms]
-    own = measured(row for row in rows if row["experts"] == experts and not {*arms}.isdisjoint(row["arms"]))
-    merges = [row for row in own if "search_s" not in row]
-    by_evaluations = [row for row in own if "search_s" in row and row["limit_s"] is None]
-    by_seconds = [row for row in own if row["limit_s"] is not None]
-    longest_s = max((row["limit_s"] for row in by_seconds), default=None)
-    longest = [row for row in by_seconds if row["limit_s"] == longest_s]
-    shown = [*merges, *(longest if STUDIES[study].is_timed or not by_evaluations else by_evaluations)]
     found = {arm: list({row["seed"]: row for row in shown if arm in row["arms"]}.values()) for arm in arms}
     return {arm: runs for arm, runs in found.items() if runs}
 
@@ -162,7 +160,7 @@ def studies_text(rows: Sequence[Row], figures: Mapping[tuple[str, str], str]) ->
 
 
 def _on_the_way(runs: Mapping[str, Sequence[Row]]) -> list[str]:
-    way, delivered = way_table(runs), delivery_table(runs.get("default", []))
+    way, delivered = way_table(runs), delivery_table(runs.get(DEFAULT.name, []))
     parts = ["On the way:", way] if way else []
     return [*parts, "What the default could deliver there:", delivered] if delivered else parts
 

@@ -26,6 +26,7 @@ def point(at, N, clock="seconds"):
 def row(*arms, seed=0, limit_s=300.0, N=0.9, **more):
     identity = {"method": arms[0], "arms": list(arms), "limit_s": limit_s, "experts": "mixed", "seed": seed}
     spent = {"search_s": limit_s or 40.0, "evaluations": 480, "n_tokens": 440_000}
+    identity["studies"] = ["search", "ablation", "no_skeleton"]
     return {**identity, **shares(N), **spent, "checkpoints": [point(15.0, N - 0.2)], **WHERE, **more}
 
 
@@ -45,15 +46,14 @@ def test_the_last_run_of_a_seed_counts_even_if_the_arm_had_another_name():
     assert [run["held_in_N"] for run in study_rows(rows, "search", "mixed")["space model"]] == [0.9, 0.7]
 
 
-def test_only_the_longest_searches_count_and_only_where_seconds_end_them():
-    rows = [row("default"), row("default", limit_s=15.0, N=0.1), row("default", limit_s=None, N=0.5)]
+def test_only_the_longest_searches_of_a_study_count():
+    rows = [row("default"), row("default", limit_s=15.0, N=0.1), row("no race")]
+    rows += [row("default", limit_s=None, N=0.5, studies=["ablation"])]
     assert [run["held_in_N"] for run in study_rows(rows, "search", "mixed")["default"]] == [0.9]
-    assert [run["held_in_N"] for run in study_rows(rows, "ablation", "mixed")["default"]] == [0.5]
-    assert [run["held_in_N"] for run in study_rows(rows[:2], "ablation", "mixed")["default"]] == [0.9]
 
 
-def test_a_study_that_seconds_end_shows_no_other_runs():
-    assert study_rows([row("default", limit_s=None)], "search", "mixed") == {}
+def test_the_default_alone_is_no_study():
+    assert study_rows([row("default", "space model")], "search", "mixed") == {}
 
 
 def test_merges_without_a_search_stand_beside_searches():
@@ -106,7 +106,7 @@ def test_the_section_has_each_study_that_was_run_and_says_what_failed():
     text = studies_text(rows, {("search", "mixed"): "figures/studies_search.svg"})
     assert "**Which search, where seconds end it**, experts `mixed`:" in text
     assert "](figures/studies_search.svg)" in text
-    assert "No skeletons at all" in text  # the default is in that study, too
+    assert "Which prompts" not in text
     assert text.endswith("Failed: no race on mixed, seed 0.")
 
 
