@@ -1,6 +1,7 @@
 """The check on one's own adapters: what it measures, resumes, refuses and tells; toy models."""
 
 import csv
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -52,7 +53,7 @@ def write_csv(path, header, rows):
 
 def run_here(command, log, running, environment):
     """Stands in for a process of its own: the same arguments, the same files."""
-    assert "CUDA_VISIBLE_DEVICES" not in environment
+    assert environment == os.environ  # the GPU is not hidden
     if command[1] == "-c":
         answer_base(*command[3:])
     else:
