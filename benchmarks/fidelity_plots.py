@@ -52,7 +52,8 @@ def draw_points(lines: Lines, variants: Sequence[str]) -> Picture:
             continue
         for kind, own in row["points"].items():
             held_in = 100 * _numbers(own["held_in"])
-            ax.plot(own["loss"], held_in, ".", color=KIND_COLOURS[kind], markersize=4, alpha=0.7, label=kind)
+            style = {"color": KIND_COLOURS[kind], "markersize": 4, "alpha": 0.7, "rasterized": True}
+            ax.plot(own["loss"], held_in, ".", label=kind, **style)
         ax.set_xlabel("loss (0: every expert, 1: the base)")
         ax.set_ylabel(MEASURES["held_in_N"])
         set_title(ax, "", {}, f"experts: {variant}")
