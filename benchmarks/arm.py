@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.labels import ZOO_SEED, Labels
-from benchmarks.replay import NO_LIMIT_S, Replay
+from benchmarks.replay import NO_LIMIT_S, Replay, Stop, count_gradients, stop_by
 from benchmarks.truth import Truth
 from benchmarks.zoo.queries import SHIPPED_HELD_OUT, query_examples
 from benchmarks.zoo.sizes import SHIPPED
@@ -98,13 +98,12 @@ def measure_search(
     accuracy = Accuracy(experts, setup, n_queries)
     measures = {**accuracy.measure(result.coefficients), **describe_search(trace, result)}
     measures |= {**describe_answers(trace, config), "checkpoints": []}
-    reached = [(clock, at, generations_by(trace, clock, at)) for clock, at in checkpoints.looked_at]
-    replay = Replay(setup, trace, folder) if any(n for *_, n in reached) else None
-    for clock, at, n_generations in reached:
-        if replay and n_generations:
-            shares = {name: accuracy.shares(t) for name, t in replay.tables_after(n_generations).items()}
-            point = {"clock": clock, "at": at, **read_clocks(trace, n_generations)}
-            measures["checkpoints"].append(point | shares)
+    stops = [(clock, at, stop_by(trace, clock, at)) for clock, at in checkpoints.looked_at]
+    replay = Replay(setup, trace, folder) if any(stop for *_, stop in stops) else None
+    for clock, at, stop in stops:
+        if replay and stop:
+            shares = {name: accuracy.shares(table) for name, table in replay.tables_at(stop).items()}
+            measures["checkpoints"].append({"clock": clock, "at": at, **stop.clocks(trace), **shares})
     return measures
 
 
@@ -117,60 +116,34 @@ def measure_reference(config: SearchConfig, experts: str, name: str, n_queries: 
     return {**Accuracy(experts, setup, n_queries).measure(table), "evaluations": 0, "n_tokens": 0}
 
 
-def fit_time_box(config: SearchConfig, search_s: float, base: LoadedBase, folder: Path) -> SearchConfig:
+def fit_time_box(config: SearchConfig, limit_s: float, base: LoadedBase, folder: Path) -> SearchConfig:
     """Return the configuration with a time box that leaves so many seconds for search and refinement.
 
-    What the rest takes on this machine is measured on a run of one generation. The last generation starts
-    before these seconds are over, and ends after.
+    What the rest takes on this machine is measured on a run of one generation and one gradient step.
     """
-    one = {"time_box_s": NO_LIMIT_S, "max_evaluations": config.search.n_candidates}
-    run_search(_with_search(config, **one), output=folder, base=base)
+    settings = config.search
+    steps = min(1, settings.gradient.refine_steps)
+    gradient = settings.gradient.model_copy(update={"refine_steps": steps})
+    short = {"time_box_s": NO_LIMIT_S, "max_evaluations": settings.n_candidates, "gradient": gradient}
+    run_search(_with_search(config, **short), output=folder, base=base)
     trace = Trace.load(folder / TRACE_FILE)
-    rest_s = NO_LIMIT_S - (trace.last("search") or {})["left_s"]
-    longest_s = max(generation.seconds for generation in trace.generations)
-    left_s = max(0.0, search_s - refinement_cost(trace)["seconds"])
-    return _with_search(config, time_box_s=rest_s + left_s + CAUTION * longest_s)
+    kept_back_s = CAUTION * (trace.last("refined") or {}).get("seconds", 0.0)
+    rest_s = NO_LIMIT_S - (trace.last("search") or {})["left_s"] - kept_back_s
+    return _with_search(config, time_box_s=rest_s + limit_s)
 
 
 def _with_search(config: SearchConfig, **settings: Any) -> SearchConfig:
     return config.model_copy(update={"search": config.search.model_copy(update=settings)})
 
 
-def refinement_cost(trace: Trace) -> dict[str, float]:
-    """Return seconds and tokens of the gradient steps after the search."""
-    refined = trace.last("refined") or {}
-    return {"seconds": refined.get("seconds", 0.0), "n_tokens": refined.get("n_tokens", 0)}
-
-
-def read_clocks(trace: Trace, n_generations: int) -> dict[str, float]:
-    """Return seconds, tokens and evaluations of a search of so many generations and of refining its best."""
-    refined, past = refinement_cost(trace), trace.generations[:n_generations]
-    search_s = past[-1].elapsed_s - (trace.last("search") or {})["elapsed_s"]
-    return {
-        "seconds": round(search_s + refined["seconds"], 2),
-        "n_tokens": sum(generation.n_tokens for generation in past) + refined["n_tokens"],
-        "evaluations": past[-1].evaluations,
-    }
-
-
-def generations_by(trace: Trace, clock: str, at: float) -> int | None:
-    """Return after how many generations a search had to end for a clock to read at most `at` in the end.
-
-    None where one is too many, and where the whole search took less.
-    """
-    readings = [read_clocks(trace, n)[clock] for n in range(1, len(trace.generations) + 1)]
-    n_done = int(np.searchsorted(readings, at, side="right"))
-    return n_done if n_done and at <= readings[-1] else None
-
-
 def describe_search(trace: Trace, result: RunResult) -> dict[str, Any]:
     """Return what search and refinement spent, what ended the search, and what it steered by."""
-    clocks = read_clocks(trace, len(trace.generations))
+    clocks = Stop(len(trace.generations), count_gradients(trace)).clocks(trace)
     prompts, signals = trace.last("prompts") or {}, trace.last("signals") or {}
     return {
         "search_s": clocks.pop("seconds"),
         **clocks,
-        "refined_s": round(refinement_cost(trace)["seconds"], 2),
+        "refined_s": round((trace.last("refined") or {}).get("seconds", 0.0), 2),
         "generations": len(trace.generations),
         "ended_by": result.ended_by,
         "winner": result.winner,

@@ -89,7 +89,8 @@ def plan_jobs(arguments: argparse.Namespace, folder: Path) -> list[ArmJob]:
             for job in _plan_study(name, experts, arguments, folder):
                 key = job.digest, experts, job.seed
                 jobs[key] = _join(jobs[key], job) if key in jobs else job
-                if name in arguments.study and experts in own:
+                is_asked = arguments.arms is None or not {*arguments.arms}.isdisjoint(job.names)
+                if name in arguments.study and experts in own and is_asked:
                     wanted.add(key)
     return [job for key, job in jobs.items() if key in wanted]
 
@@ -230,6 +231,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.studies", description=__doc__)
     parser.add_argument("--study", nargs="+", choices=STUDIES, default=list(STUDIES))
+    parser.add_argument("--arms", nargs="+", metavar="NAME", help="some of the studies' arms, by name")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, help="in place of each study's own")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
     parser.add_argument("--config", type=Path, default=ROOT / "configs/demo.yaml", help="the default arm")

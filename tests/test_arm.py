@@ -10,14 +10,12 @@ from benchmarks.arm import (
     Checkpoints,
     answer_of,
     describe_answers,
-    generations_by,
     main,
-    read_clocks,
 )
 from benchmarks.zoo.sets import write_config
 from search.config import load_config
 from search.trace import Trace
-from tests.traces import make_event, make_header, tiny_generations
+from tests.traces import make_event, make_header
 
 ROOT = Path(__file__).parents[1]
 OWN = "### Task: Add.\n### Problem:{problem}\n### Answer:"
@@ -29,13 +27,6 @@ TINY = (
 )
 
 
-@pytest.fixture
-def trace():
-    """Three generations of three candidates, 100 tokens and 10 seconds each, from second 2 on."""
-    generations = tiny_generations()
-    return Trace(make_header("ab", ["layer.0"]), generations, [make_event("search", elapsed_s=2.0)])
-
-
 def test_the_last_seconds_end_the_search_and_the_others_are_looked_at():
     points = Checkpoints(seconds=(60.0, 15.0, 300.0), tokens=(9, 5), evaluations=(16,))
     assert points.limit_s == 300
@@ -44,30 +35,12 @@ def test_the_last_seconds_end_the_search_and_the_others_are_looked_at():
     assert Checkpoints(tokens=(5,)).limit_s is None
 
 
-def test_a_checkpoint_is_the_last_generation_before_it_and_nothing_beyond_the_end(trace):
-    ends = [read_clocks(trace, n) for n in (1, 2, 3)]
-    assert [end["n_tokens"] for end in ends] == [100, 200, 300]
-    assert [end["evaluations"] for end in ends] == [g.evaluations for g in trace.generations]
-    assert ends[0]["seconds"] == trace.generations[0].elapsed_s - 2
-    found = [generations_by(trace, "n_tokens", at) for at in (99, 100, 150, 200, 300, 301)]
-    assert found == [None, 1, 1, 2, 3, None]
-    assert generations_by(trace, "seconds", ends[1]["seconds"] + 0.1) == 2
-
-
-def test_refining_the_best_takes_from_the_searchs_time(trace):
-    trace.events.append(make_event("refined", seconds=5.0, n_tokens=50))
-    assert read_clocks(trace, 1)["n_tokens"] == 150
-    assert read_clocks(trace, 3)["seconds"] == trace.generations[-1].elapsed_s - 2 + 5
-    assert [generations_by(trace, "n_tokens", at) for at in (149, 150, 249, 350)] == [None, 1, 1, 3]
-    assert generations_by(trace, "evaluations", trace.generations[1].evaluations) == 2
-
-
 def test_answers_are_what_comes_after_the_cue_of_the_skeleton_that_was_used():
     assert answer_of("### Task: Add.\n### Problem: 1 + 1\n### Answer: 2", [OWN]) == "2"
     assert answer_of("### Task: Count.\n### Exercise: 1, 1\n### Result: two", [OWN, OTHER]) == "two"
 
 
-def test_alike_answers_are_counted_over_all_prompts_of_an_adapter(trace, tmp_path):
+def test_alike_answers_are_counted_over_all_prompts_of_an_adapter():
     config = load_config(ROOT / "configs/demo.yaml")
     answers = {"sentiment": ["good", "bad", "good", "good"], "sql": ["a", "b"]}
     prompts = [
@@ -75,7 +48,8 @@ def test_alike_answers_are_counted_over_all_prompts_of_an_adapter(trace, tmp_pat
     ]
     skeletons = dict.fromkeys(answers, ("{x}### Answer:",)) | {"chat": ()}
     kept = [a.model_copy(update={"skeletons": skeletons.get(a.name, ())}) for a in config.adapters]
-    trace.events.append(make_event("prompts", searched=prompts[:3], unseen=prompts[3:], seconds=1.0))
+    event = make_event("prompts", searched=prompts[:3], unseen=prompts[3:], seconds=1.0)
+    trace = Trace(make_header("ab", ["layer.0"]), [], [event])
     found = describe_answers(trace, config.model_copy(update={"adapters": tuple(kept)}))
     assert found["answers_top_share"] == {"sentiment": 0.75, "sql": 0.5}
     assert found["answers_distinct"] == {"sentiment": 2, "sql": 2}

@@ -55,6 +55,14 @@ def test_searches_run_once_a_seed_and_merges_without_one_once(tmp_path):
     assert seeds == {name: [0] if "merge" in name else [0, 1] for name in NAMES}
 
 
+def test_some_arms_can_be_asked_for(tmp_path):
+    jobs = plan(tmp_path, *FREE, "--arms", "no skeletons", "balanced merge")
+    assert [(job.label, job.seed) for job in jobs] == [
+        *(("no skeletons", seed) for seed in (0, 1)),
+        ("balanced merge", 0),
+    ]
+
+
 def test_arms_that_come_to_the_same_are_run_once_under_all_their_names(tmp_path):
     chosen = plan(tmp_path, *"--study ablation --variants mixed --seeds 0".split())
     every = plan(tmp_path, *"--variants mixed --seeds 0".split())
