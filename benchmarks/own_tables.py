@@ -89,12 +89,13 @@ def loss_of(row: Row, merges: Sequence[Row]) -> float | None:
 def loss_text(merges: Sequence[Row]) -> str:
     """Return the table of losses, and whether they rank merges as the labels do."""
     told = [(row, loss) for row in merges if (loss := loss_of(row, merges)) is not None]
-    lines = table_head(["merge", "seed", "loss on unseen prompts", "held-in N", "held-out"])
+    lines = table_head(["merge", "seed", "loss on unseen prompts", "held-in N", "held-out"]) if told else []
     for row, loss in sorted(told, key=lambda pair: pair[1]):
         shares = [_share(row[name]) for name in ("held_in_N", "held_out")]
         lines.append(table_line([f"`{row['method']}`", str(row["seed"]), f"{loss:.4f}", *shares]))
     if len(told) < MIN_RUNS:
-        return "\n".join([*lines, "", f"{len(told)} runs have a loss; a rank correlation takes {MIN_RUNS}."])
+        few = f"{len(told)} runs have a loss on unseen prompts; a rank correlation takes {MIN_RUNS}."
+        return "\n".join([*lines, "", few]).strip()
     losses = np.array([loss for _, loss in told])
     ranks = []
     for name, label in (("held_in_N", "held-in N"), ("held_out", "held-out accuracy")):

@@ -139,7 +139,7 @@ def test_base_experts_and_merges_are_measured_told_and_not_run_again(check, caps
     printed = capsys.readouterr().out
     assert "| base (no option) |" in printed
     assert "| add | expert-0 |" in printed
-    assert printed.endswith("3 runs have a loss; a rank correlation takes 5.\n")
+    assert printed.endswith("3 runs have a loss on unseen prompts; a rank correlation takes 5.\n")
     check.asked.clear()
     assert check(*NAMED, *methods, "--seeds", "1") == 0
     assert not check.asked
@@ -172,7 +172,7 @@ def test_a_failed_run_is_told_and_tried_again_alone(given, check, tmp_path, caps
     check.asked.clear()
     assert check(*arguments) == 0
     assert check.asked == ["tsv_m"]
-    assert "0 runs have a loss" in capsys.readouterr().out
+    assert "\n\n0 runs have a loss" in capsys.readouterr().out
     assert read_rows(check.out)[-1]["tasks"].keys() == {*EXPERT_OF, "both"}
 
 
@@ -299,7 +299,9 @@ def test_losses_that_rank_as_labels_do_correlate_fully_and_few_not_at_all():
     assert [loss_of(row, merges) for row in others] == [pytest.approx(0.7), pytest.approx(0.6), 0.9, None]
     assert "5 runs; 1: the loss ranks as the labels do) with held-in N +1.00, held-out" in loss_text(merges)
     assert "tsv_m" not in loss_text(merges)
-    assert loss_text([*searched, *others[:2]]).endswith("4 runs have a loss; a rank correlation takes 5.")
+    assert loss_text([*searched, *others[:2]]).endswith(
+        "4 runs have a loss on unseen prompts; a rank correlation takes 5."
+    )
 
 
 def test_a_line_says_what_is_known_of_a_run():
