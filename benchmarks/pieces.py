@@ -26,7 +26,7 @@ from llm_merging.merging.subspaces import LowRank, low_rank_updates
 from llm_merging.merging.tsv import decorrelate
 from search.adapters import Adapter, Factors
 from search.config import SearchConfig, load_config
-from search.ending import descend, judge_on_unseen, refine_best
+from search.ending import Pace, descend, judge_on_unseen, refine_best
 from search.evaluate import PopulationEvaluator, Scoring
 from search.experts import expert_signals
 from search.finalists import BASE, UNIFORM, Finalist
@@ -162,7 +162,7 @@ def search_weights(
     )
     tools = SearchTools(trace=trace, timebox=TimeBox(search_s))
     found = run_stages(search, steering.confine(setup.first.start), setup.first.spread, tools)
-    pace = gradient.refine_steps, gradient.learning_rate
+    pace = Pace(gradient.refine_steps, gradient.learning_rate, lambda: gradient.refine_steps > 0)
     refined = refine_best(steering, found, stages[-1].space, pace, trace)
     judgement = judge_on_unseen(steering, found, refined, trace)
     return judgement.winner.coefficients, {
