@@ -8,7 +8,6 @@ done again: after an interruption, or when --seconds are over, the same command 
 """
 
 import argparse
-import signal
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -17,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.command import exit_code
 from benchmarks.device_pool import DevicePool
 from benchmarks.environment import ROOT, code_hash, describe_machine
 from benchmarks.fidelity_collect import measure_batch
@@ -227,17 +227,13 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run and report; return 0, 1 if a job failed, 2 for bad input, 130 after Ctrl-C or SIGTERM."""
     arguments = parse_arguments(argv)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
+
+    def run() -> int:
         n_failed = 0 if arguments.report else Run(arguments).go()
         write_report(arguments.out)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted: the same command goes on", file=sys.stderr)
-        return 130
-    return 1 if n_failed else 0
+        return 1 if n_failed else 0
+
+    return exit_code(run)
 
 
 if __name__ == "__main__":

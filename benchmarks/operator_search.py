@@ -13,7 +13,6 @@ import argparse
 import json
 import os
 import shutil
-import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from benchmarks.command import exit_code
 from benchmarks.environment import ROOT, code_hash, describe_machine
 from benchmarks.job import Outcome, run_pinned, run_process, split_cores
 from benchmarks.pieces import OPERATORS
@@ -28,7 +28,6 @@ from benchmarks.quality import OUT
 from benchmarks.rows import PERMUTED, WEIGHED, Row, append_row, measured, read_rows
 from benchmarks.zoo.sets import VARIANTS, held_in_tasks, write_config
 from search.config import config_hash, load_config
-from search.errors import InputError
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,15 +160,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run; return 0, 1 if a run failed, 2 for bad input, 130 after Ctrl-C or SIGTERM."""
     arguments = parse_arguments(argv)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends the runs under way too
-    try:
-        return 1 if run_missing(arguments) else 0
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted: the same command goes on", file=sys.stderr)
-        return 130
+    return exit_code(lambda: 1 if run_missing(arguments) else 0)
 
 
 if __name__ == "__main__":

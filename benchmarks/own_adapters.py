@@ -12,7 +12,6 @@ command goes on. Knows which runs are wanted and what they leave behind, not how
 import argparse
 import os
 import shutil
-import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ import pandas as pd
 import torch
 import yaml
 
+from benchmarks.command import exit_code
 from benchmarks.environment import ROOT, code_hash, describe_machine
 from benchmarks.job import Outcome, measure_tasks, run_pinned, run_process, search_facts
 from benchmarks.own_question import Question, match_experts, read_question
@@ -282,15 +282,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run and print; return 0, 1 if a run failed, 2 for bad input, 130 after Ctrl-C or SIGTERM."""
     arguments = parse_arguments(argv)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends the run under way too
-    try:
-        return compare_merges(arguments)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted: the same command goes on", file=sys.stderr)
-        return 130
+    return exit_code(lambda: compare_merges(arguments))
 
 
 if __name__ == "__main__":

@@ -11,13 +11,13 @@ one is done.
 
 import argparse
 import os
-import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from benchmarks.command import exit_code
 from benchmarks.environment import ROOT, code_hash, describe_machine
 from benchmarks.job import Job, Outcome, run_jobs, split_cores
 from benchmarks.plots import draw_quality, write_svg
@@ -140,17 +140,13 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run and report; return 0, 1 if a run failed, 2 for bad input, 130 after Ctrl-C or SIGTERM."""
     arguments = parse_arguments(argv)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends the runs under way too
-    try:
+
+    def run() -> int:
         n_failed = 0 if arguments.report else run_missing(arguments)
         write_report(arguments.out)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted: the same command goes on", file=sys.stderr)
-        return 130
-    return 1 if n_failed else 0
+        return 1 if n_failed else 0
+
+    return exit_code(run)
 
 
 if __name__ == "__main__":

@@ -90,7 +90,7 @@ def done(monkeypatch):
     monkeypatch.setattr(
         fidelity.Wanted, "batches", lambda self, scene, visited: [Batch(scene, 1, (), visited[0])]
     )
-    monkeypatch.setattr(fidelity.signal, "signal", lambda *_: None)
+    monkeypatch.setattr("benchmarks.command.signal.signal", lambda *_: None)
     return jobs
 
 

@@ -109,7 +109,7 @@ def check(given, tmp_path, monkeypatch):
         return main([str(given / "config.yaml"), *files, "--out", str(out), *arguments])
 
     monkeypatch.setattr(own_adapters, "run_process", run)
-    monkeypatch.setattr(own_adapters.signal, "signal", lambda *_: None)
+    monkeypatch.setattr("benchmarks.command.signal.signal", lambda *_: None)
     check.asked, check.out = asked, tmp_path / "out.jsonl"
     return check
 

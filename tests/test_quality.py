@@ -36,7 +36,7 @@ def asked(monkeypatch):
             yield Outcome(job, MEASURES, failure)
 
     monkeypatch.setattr(quality, "run_jobs", run_jobs)
-    monkeypatch.setattr(quality.signal, "signal", lambda *_: None)
+    monkeypatch.setattr("benchmarks.command.signal.signal", lambda *_: None)
     return jobs, failing
 
 

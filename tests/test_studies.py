@@ -41,7 +41,7 @@ def asked(monkeypatch):
             yield Outcome(job, {} if failed else MEASURES, "exited with 1:\nno luck\n" if failed else "")
 
     monkeypatch.setattr(studies, "run_pinned", run_pinned)
-    monkeypatch.setattr(studies.signal, "signal", lambda *_: None)
+    monkeypatch.setattr("benchmarks.command.signal.signal", lambda *_: None)
     return runs, failing
 
 
