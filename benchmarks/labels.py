@@ -24,10 +24,9 @@ from benchmarks.zoo.scores import Accuracies, own_accuracies
 from benchmarks.zoo.sets import scores_file
 from benchmarks.zoo.sizes import SHIPPED
 from benchmarks.zoo.tasks import HELD_IN
-from search.population import folded_weights
+from search.population import mixed_weights
 from search.setup import Setup
 from search.space import FloatArray
-from search.stack import delta_weight
 
 ZOO_SEED = 0
 """With which the shipped zoo was built."""
@@ -70,11 +69,7 @@ class Labels:
         """Return the weights of a merge by coefficients (n_groups, n_adapters)."""
         parts = self.setup.parts
         table = torch.tensor(coefficients, device=parts.model.device, dtype=parts.model.dtype)
-        mixed = (
-            (name, delta_weight(module, table[parts.groups.group_of[name]]))
-            for name, module in parts.stacked.modules.items()
-        )
-        return folded_weights(parts.model, mixed)
+        return mixed_weights(parts.model, parts.stacked, table, parts.groups)
 
     def losses(self, weights: dict[str, Tensor]) -> FloatArray:
         """Return the share (n_tasks,) of each expert's accuracy that is lost on validation, ties broken."""

@@ -36,12 +36,11 @@ from search.evaluate import PopulationEvaluator, Scoring
 from search.experts import expert_signals, scored_logp
 from search.objective import disagreement, entropy
 from search.optimizer import BatchOptimizer
-from search.population import folded_weights, population
+from search.population import mixed_weights, population
 from search.prompts import PromptSet
 from search.setup import Setup, load_setup
 from search.skeleton import parse_skeleton
 from search.space import FloatArray
-from search.stack import delta_weight
 
 TEMPLATE = "### Task:{task}\n### Input:{input}\n### Answer:"
 OUT = ROOT / "benchmarks/results/selection.jsonl"
@@ -232,9 +231,8 @@ def run(job: tuple[str, int], options: argparse.Namespace) -> list[dict[str, Any
 def fold(setup: Setup, table: FloatArray) -> dict[str, Any]:
     """Return the merge's weights by name."""
     parts = setup.parts
-    row = torch.tensor(table, dtype=parts.model.dtype, device=parts.model.device)
-    updates = ((n, delta_weight(m, row[parts.groups.group_of[n]])) for n, m in parts.stacked.modules.items())
-    return folded_weights(parts.model, updates)
+    mixture = torch.tensor(table, dtype=parts.model.dtype, device=parts.model.device)
+    return mixed_weights(parts.model, parts.stacked, mixture, parts.groups)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

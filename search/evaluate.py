@@ -26,11 +26,11 @@ from search.objective import (
     objective_label,
     sum_by_index,
 )
-from search.population import folded_weights, population
+from search.population import folded_weights, mixed_weights, population
 from search.prompts import PromptSet
 from search.racing import BlockScores
 from search.space import FloatArray
-from search.stack import StackedFactors, delta_weight
+from search.stack import StackedFactors
 
 _LogpOf = Callable[[list[int], list[int]], Tensor]  # (candidates, prompts), row by row -> (n_scored, n_vocab)
 
@@ -230,7 +230,7 @@ class PopulationEvaluator:
             return sums.cpu()
         for candidate, mixture in enumerate(table.to(model.dtype)):
             self.checkpoint()
-            weights = _fold(model, self._stacked, mixture, self._groups)
+            weights = mixed_weights(model, self._stacked, mixture, self._groups)
             folded_logp = partial(self._folded_logp, weights)
             self._fill(sums[candidate : candidate + 1], objective, prompts, folded_logp)
         return sums
@@ -282,15 +282,6 @@ def _assign_blocks(prompts: PromptSet) -> tuple[NDArray[np.int64], int]:
     for expert, n in enumerate(n_own):
         turn[prompts.expert == expert] = np.arange(n)
     return turn % n_blocks, n_blocks
-
-
-def _fold(model: Any, stacked: StackedFactors, mixture: Tensor, groups: Groups) -> dict[str, Tensor]:
-    """Return the weights, by name, of the model with the mixture (n_groups, n_adapters) added to its own."""
-    mixed = (
-        (name, delta_weight(module, mixture[groups.group_of[name]]))
-        for name, module in stacked.modules.items()
-    )
-    return folded_weights(model, mixed)
 
 
 def _peak_bytes(device: torch.device) -> int | None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from search.groups import Groups
-from search.stack import StackedFactors, StackedModule, at_least_float32, mix_hidden
+from search.stack import StackedFactors, StackedModule, at_least_float32, delta_weight, mix_hidden
 
 Hook = Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor | None]
 
@@ -94,3 +94,14 @@ def folded_weights(model: nn.Module, updates: Iterable[tuple[str, Tensor]]) -> d
         folded = layer.weight + (update.T if isinstance(layer, Conv1D) else update)
         weights[f"{name}.weight"] = folded.to(layer.weight.dtype)
     return weights
+
+
+def mixed_weights(
+    model: nn.Module, stacked: StackedFactors, mixture: Tensor, groups: Groups
+) -> dict[str, Tensor]:
+    """Return the weights, by name, of the model with the mixture (n_groups, n_adapters) added to its own."""
+    mixed = (
+        (name, delta_weight(module, mixture[groups.group_of[name]]))
+        for name, module in stacked.modules.items()
+    )
+    return folded_weights(model, mixed)

@@ -9,7 +9,7 @@ import torch
 from benchmarks.truth import Truth
 from benchmarks.zoo.measure import accuracies, load, measured_examples
 from search.config import load_config
-from search.evaluate import _fold
+from search.population import mixed_weights
 from search.setup import load_setup
 
 ROOT = Path(__file__).parents[1]
@@ -24,7 +24,7 @@ def parts():
 
 def test_accuracies_are_those_of_generated_and_chosen_answers(parts):
     examples = {task: measured_examples(8, "validation", 3)[task] for task in TASKS}
-    weights = _fold(parts.model, parts.stacked, torch.full(parts.shape, 0.3), parts.groups)
+    weights = mixed_weights(parts.model, parts.stacked, torch.full(parts.shape, 0.3), parts.groups)
     merged = copy.deepcopy(parts.model)
     merged.load_state_dict(weights, strict=False)
     tokenizer = load(ROOT / "data/zoo/base", "cpu")[1]

@@ -5,9 +5,10 @@ import pytest
 import torch
 
 from benchmarks.yardstick import DenseFolds, Means, Yardstick
-from search.evaluate import PopulationEvaluator, Scoring, _fold
+from search.evaluate import PopulationEvaluator, Scoring
 from search.experts import expert_signals
 from search.objective import OBJECTIVES
+from search.population import mixed_weights
 from tests.test_experts import make_prompts, stack
 
 ARCHITECTURE = "mistral"
@@ -30,7 +31,7 @@ def test_folds_are_those_of_the_search(case):
     model, stacked, groups, *_ = case
     folds, table = DenseFolds(model, stacked, groups), random_table(case)
     found = folds.fold(folds.table(table))
-    expected = _fold(model, stacked, torch.tensor(table), groups)
+    expected = mixed_weights(model, stacked, torch.tensor(table), groups)
     assert found.keys() == expected.keys()
     for name, weight in expected.items():
         torch.testing.assert_close(found[name], weight)
