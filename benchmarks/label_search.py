@@ -16,9 +16,9 @@ from search.resume import Record
 from search.setup import Setup
 from search.space import FloatArray
 from search.stages import Found, StagedSearch, run_stages
-from search.steering import confine_weak
 from search.timebox import TimeBox
 from search.trace import TraceWriter
+from search.trust import bound
 
 NO_LIMIT_S = 1e9
 
@@ -64,7 +64,7 @@ def search_labels(setup: Setup, losses_of: LossesOf, path: Path) -> tuple[FloatA
     Returns:
         Coefficients (n_groups, n_adapters) of the best of archive and mean, and what the search spent.
     """
-    free = confine_weak(np.zeros(len(setup.parts.names), dtype=bool), setup.balanced)
+    free = bound(np.zeros(len(setup.parts.names)), setup.balanced)
     evaluator = LabelEvaluator(losses_of)
     with TraceWriter(path) as trace:
         trace.header(setup.describe())

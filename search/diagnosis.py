@@ -38,8 +38,15 @@ class AdapterFacts:
     has_skeletons: bool
     peak_kl_nats: float
     """Largest KL(expert, base) at a scored position, averaged over the few prompts measured on."""
-    is_weak: bool
-    """Below the limit, on these few prompts."""
+    entropy_ratio: float
+    """The expert's entropy over the base's, on the same prompts."""
+    weak_reason: str
+    """Why its prompts, these few, leave doubt; empty where they do not."""
+
+    @property
+    def is_weak(self) -> bool:
+        """Whether its coefficients are to be kept near the balanced merge."""
+        return bool(self.weak_reason)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,6 +11,7 @@ from typing import Any
 from search.diagnosis import Diagnosis, advise
 from search.loop import CAUTION
 from search.summary import ENDINGS
+from search.trust import SURE
 
 
 def describe_diagnosis(found: Diagnosis) -> str:
@@ -80,7 +81,7 @@ def _describe_known(found: Diagnosis) -> str:
 
 
 def _show_adapters(found: Diagnosis) -> list[str]:
-    rows = [("adapter", "rank", "scaling", "modules", "sha256", "skeletons", "peak KL", "")]
+    rows = [("adapter", "rank", "scaling", "modules", "sha256", "skeletons", "peak KL", "entropy", "")]
     for adapter in found.adapters:
         rows.append(
             (
@@ -91,15 +92,16 @@ def _show_adapters(found: Diagnosis) -> list[str]:
                 adapter.sha256[:8],
                 "yes" if adapter.has_skeletons else "no",
                 f"{adapter.peak_kl_nats:.2f}",
-                "weak" if adapter.is_weak else "",
+                f"{adapter.entropy_ratio:.2f}",
+                f"weak: {adapter.weak_reason}" if adapter.is_weak else "",
             )
         )
     return [
         *_align(rows),
         *(f"left out, coefficient 0: {name}: {reason}" for name, reason in found.left_out.items()),
         f"peak KL: most that expert and base differ in nats, mean of {found.prompts.tried_searched} prompts; "
-        f"weak below {found.weak_signal_nats:g}, or without skeletons. The run measures again, on "
-        f"{found.prompts.searched}.",
+        f"weak below {found.weak_signal_nats:g}. entropy: the expert's over the base's; weak above {SURE:g}. "
+        f"The run measures again, on {found.prompts.searched}.",
     ]
 
 

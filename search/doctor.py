@@ -105,8 +105,11 @@ def _describe_base(parts: Parts) -> BaseFacts:
 
 def _describe_adapters(setup: Setup, trial: Trial) -> tuple[AdapterFacts, ...]:
     facts = []
-    peaks = trial.peak_kl_nats.tolist()
-    for adapter, settings, peak in zip(setup.parts.adapters, setup.adapter_configs, peaks, strict=True):
+    reasons = dict(zip(trial.steering.weak, trial.steering.reasons, strict=True))
+    signals = trial.peak_kl_nats.tolist(), trial.entropy_ratio.tolist()
+    for adapter, settings, peak, ratio in zip(
+        setup.parts.adapters, setup.adapter_configs, *signals, strict=True
+    ):
         ranks = [factors.A.shape[0] for factors in adapter.modules.values()]
         scalings = [factors.scaling for factors in adapter.modules.values()]
         facts.append(
@@ -118,7 +121,8 @@ def _describe_adapters(setup: Setup, trial: Trial) -> tuple[AdapterFacts, ...]:
                 sha256=adapter.sha256,
                 has_skeletons=bool(settings.skeletons),
                 peak_kl_nats=peak,
-                is_weak=adapter.name in trial.steering.weak,
+                entropy_ratio=ratio,
+                weak_reason=reasons.get(adapter.name, ""),
             )
         )
     return tuple(facts)

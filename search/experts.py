@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from search.groups import Groups
-from search.objective import disagreement, sum_by_index
+from search.objective import disagreement, entropy, sum_by_index
 from search.population import population
 from search.prompts import PromptSet
 from search.stack import StackedFactors, at_least_float32
@@ -34,6 +34,9 @@ class ExpertSignals:
 
     What there is to steer by: over positions a mean is diluted by an answer whose first token decides.
     """
+    entropy_ratio: NDArray[np.float64]
+    """(n_experts,) the expert's mean entropy over the base's, at scored positions: far below 1 where
+    an expert is at home, about 1 where it knows no better than the base."""
 
 
 @dataclass(slots=True)
@@ -135,7 +138,8 @@ def expert_signals(
         for ids, scored in zip(prompts.ids, prompts.scored, strict=True)
     ]
     n_scored = [len(scored) for scored in prompts.scored]
-    signals: dict[int, tuple[Tensor, Tensor]] = {}  # prompt -> log-probabilities, largest KL
+    logp_of: dict[int, Tensor] = {}
+    facts_of: dict[int, Tensor] = {}  # prompt -> largest KL, sums of the expert's and of the base's entropies
 
     def step(rows: list[int]) -> None:
         with population(model, stacked, one_hot[rows], groups):
@@ -144,13 +148,17 @@ def expert_signals(
         tokens = torch.cat([next_tokens[row] for row in rows])
         kl = disagreement("forward_kl", base_logp, expert_logp, tokens)
         counts = [n_scored[row] for row in rows]
-        peaks = [own.max() for own in torch.split(kl, counts)]
-        signals.update(zip(rows, zip(torch.split(expert_logp, counts), peaks, strict=True), strict=True))
+        logp_of.update(zip(rows, torch.split(expert_logp, counts), strict=True))
+        measured = torch.stack([kl, entropy(expert_logp), entropy(base_logp)])
+        for row, own in zip(rows, torch.split(measured, counts, dim=1), strict=True):
+            facts_of[row] = torch.stack([own[0].max(), own[1].sum(), own[2].sum()]).double()
 
     budget = budget or TokenBudget(default_token_budget(model.device))
     budget.run([len(ids) for ids in prompts.ids], step)
-    logp = torch.cat([signals[row][0] for row in range(prompts.n_prompts)])
-    peaks = torch.stack([signals[row][1] for row in range(prompts.n_prompts)]).double()
-    peak_sums = sum_by_index(peaks, torch.from_numpy(prompts.expert), prompts.n_experts).numpy()
+    facts = torch.stack([facts_of[row] for row in range(prompts.n_prompts)])  # (n_prompts, 3)
+    sums = sum_by_index(facts.T, torch.from_numpy(prompts.expert), prompts.n_experts).numpy()
     n_prompts = np.bincount(prompts.expert, minlength=prompts.n_experts)
-    return ExpertSignals(logp, torch.cat(next_tokens), peak_sums / n_prompts)
+    with np.errstate(divide="ignore", invalid="ignore"):  # a base without any doubt: NaN, or infinite
+        entropy_ratio = sums[1] / sums[2]
+    logp = torch.cat([logp_of[row] for row in range(prompts.n_prompts)])
+    return ExpertSignals(logp, torch.cat(next_tokens), sums[0] / n_prompts, entropy_ratio)

@@ -81,6 +81,9 @@ OBJECTIVES: dict[str, ObjectiveFunction] = {
     "forward_kl": lambda merged, expert, tokens: forward_kl(merged, expert),
     "reverse_kl": lambda merged, expert, tokens: reverse_kl(merged, expert),
     "top1_disagreement": lambda merged, expert, tokens: top1_disagreement(merged, expert),
+    "excess_and_top1": lambda merged, expert, tokens: (
+        entropy_excess(merged, expert) + top1_disagreement(merged, expert)
+    ),
     "entropy_minimisation": lambda merged, expert, tokens: entropy(merged),
     "nll": lambda merged, expert, tokens: nll(merged, tokens),
 }

@@ -27,6 +27,7 @@ OBJECTIVE_NAMES = (
     "forward_kl",
     "reverse_kl",
     "top1_disagreement",
+    "excess_and_top1",
     "entropy_minimisation",
     "nll",
 )
@@ -182,8 +183,8 @@ class ObjectiveSettings(ConfigSection):
     positions: Literal["auto", "all", "answer"] = "auto"
     """Tokens that count; "auto" is the answer's where there is a skeleton, else all."""
     weak_signal_nats: Annotated[float, Field(ge=0)] = 0.5
-    """An adapter that nowhere differs more from the base, on its prompts, or has no skeletons, stays near the
-    balanced merge; 0 for none."""
+    """An adapter that nowhere differs more from the base, on its prompts, stays near the balanced merge, as
+    does one whose prompts leave other doubts (search/trust.py); 0 trusts all."""
 
     @field_validator("name")
     @classmethod

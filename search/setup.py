@@ -32,11 +32,11 @@ from search.steering import (
     Steering,
     SteeringRequest,
     WrittenPrompts,
-    confine_weak,
     prepare_prompts,
     prepare_steering,
 )
 from search.trace import TraceWriter
+from search.trust import bound
 
 SPREAD_AT_ZERO = 0.15
 """First spread, in coefficients, around a start of 0, which has no half."""
@@ -208,7 +208,7 @@ def _lift_to_zero(first: PriorStart) -> PriorStart:
 
 def _check_optimizer(setup: Setup) -> None:
     """Refuse an optimiser that cannot search one of the stages (InputError)."""
-    nobody_weak = confine_weak(np.zeros(len(setup.parts.names), dtype=bool), setup.balanced)
+    nobody_weak = bound(np.zeros(len(setup.parts.names)), setup.balanced)
     settings = setup.config.search
     for stage in plan_stages(setup.config, setup.parts.groups, len(setup.parts.names), nobody_weak):
         genome = np.zeros(stage.space.n_params)

@@ -15,16 +15,14 @@ from numpy.typing import NDArray
 
 from search.errors import InputError
 from search.evaluate import PopulationEvaluator, Scoring
-from search.experts import TokenBudget, default_token_budget, expert_signals
+from search.experts import ExpertSignals, TokenBudget, default_token_budget, expert_signals
 from search.finalists import Bounds, Finalist, make_references, stack_coefficients
 from search.loop import Scores
 from search.parts import Parts
 from search.prompts import PromptRequest, PromptSet, describe_prompts, read_prompts, write_prompts
 from search.space import FloatArray
 from search.trace import TraceWriter
-
-WEAK_RANGE = 0.5, 1.5
-"""Bounds of a weak adapter's coefficients, times the balanced merge's."""
+from search.trust import Evidence, weigh
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -43,7 +41,7 @@ class SteeringRequest:
 
     scoring: Scoring
     weak_signal_nats: float
-    """An adapter that differs less from the base is confined to WEAK_RANGE around the balanced merge."""
+    """An adapter that differs less from the base has prompts that tell nothing; 0 trusts all."""
     balanced: FloatArray
     """(n_adapters,) coefficients of the balanced merge."""
     prior: FloatArray | None
@@ -62,7 +60,9 @@ class Steering:
     budget: TokenBudget
     """Of both evaluators, with a record of each time memory ran out."""
     weak: tuple[str, ...]
-    """Names of adapters whose prompts are too weak to steer by."""
+    """Names of adapters whose prompts leave doubt, kept near the balanced merge."""
+    reasons: tuple[str, ...]
+    """(n_weak,) why."""
     references: tuple[Finalist, ...]
     """Base, uniform and balanced merge, the prior if there is one, and every single expert."""
     reference_scores: Scores
@@ -73,9 +73,8 @@ class Steering:
     """Seconds that one candidate takes on the unseen prompts."""
 
     def confine(self, start: FloatArray) -> FloatArray:
-        """Return first coefficients (n_groups, n_adapters), with the balanced merge's for weak adapters."""
-        weak = np.isfinite(self.bounds.low)
-        return np.where(weak, self.bounds.low / WEAK_RANGE[0], start)
+        """Return first coefficients (n_groups, n_adapters), moved into the bounds."""
+        return np.clip(start, self.bounds.low, self.bounds.high)
 
 
 def prepare_prompts(
@@ -122,48 +121,68 @@ def prepare_steering(
     tokens_per_forward = request.scoring.tokens_per_forward or default_token_budget(parts.model.device)
     budget = TokenBudget(tokens_per_forward)
     signals = [expert_signals(parts.model, parts.stacked, parts.groups, part, budget) for part in both]
-    peak_kl = signals[0].peak_kl
-    is_weak = ~(peak_kl >= request.weak_signal_nats)  # NaN is weak too
-    if request.weak_signal_nats > 0:
-        is_weak |= _wrote_freely(prompts.searched)
-    bounds = confine_weak(is_weak, request.balanced)
-    if request.recorded is not None:
-        is_weak, bounds = np.isin(parts.names, request.recorded["weak"]), _read_bounds(request.recorded)
-    weak = tuple(name for name, flag in zip(parts.names, is_weak, strict=True) if flag)
-    trace.event(
-        "signals",
-        peak_kl_nats=peak_kl,
-        peak_kl_nats_unseen=signals[1].peak_kl,
-        weak_signal_nats=request.weak_signal_nats,
-        weak=weak,
-        low=bounds.low,
-        high=bounds.high,
-        seconds=time.monotonic() - started_s,
-    )
-    _warn_of_weak_prompts(parts.names, peak_kl, is_weak, request.weak_signal_nats)
     searched, unseen = (
         PopulationEvaluator(parts.model, parts.stacked, parts.groups, part, own, request.scoring, budget)
         for part, own in zip(both, signals, strict=True)
     )
     _refuse_no_numbers(parts.names, searched, unseen)
     references = make_references(parts.shape[0], parts.names, request.balanced, request.prior)
+    weak, reasons, bounds = _weigh_prompts(parts, prompts.searched, searched, signals[0], request)
+    trace.event(
+        "signals",
+        peak_kl_nats=signals[0].peak_kl,
+        peak_kl_nats_unseen=signals[1].peak_kl,
+        entropy_ratio=signals[0].entropy_ratio,
+        weak_signal_nats=request.weak_signal_nats,
+        weak=weak,
+        reasons=reasons,
+        low=bounds.low,
+        high=bounds.high,
+        seconds=time.monotonic() - started_s,
+    )
+    _warn_of_weak_prompts(len(parts.names), weak, reasons)
     n_general = len(references) - len(parts.names)
     scores, searched_candidate_s = _score_references(searched, references[:n_general], trace)
     unseen_candidate_s = searched_candidate_s * prompts.unseen.n_tokens / prompts.searched.n_tokens
     return Steering(
-        bounds, searched, unseen, budget, weak, references, scores, searched_candidate_s, unseen_candidate_s
+        bounds=bounds,
+        searched=searched,
+        unseen=unseen,
+        budget=budget,
+        weak=weak,
+        reasons=reasons,
+        references=references,
+        reference_scores=scores,
+        searched_candidate_s=searched_candidate_s,
+        unseen_candidate_s=unseen_candidate_s,
     )
 
 
-def confine_weak(is_weak: NDArray[np.bool_], balanced: FloatArray) -> Bounds:
-    """Return the bounds of all adapters: weak ones stay near the balanced merge, others are free.
-
-    Args:
-        is_weak: (n_adapters,).
-        balanced: (n_adapters,) coefficients of the balanced merge.
-    """
-    factors = zip(WEAK_RANGE, (-np.inf, np.inf), strict=True)
-    return Bounds(*(np.where(is_weak, factor * balanced, free) for factor, free in factors))
+def _weigh_prompts(
+    parts: Parts,
+    prompts: PromptSet,
+    evaluator: PopulationEvaluator,
+    signals: ExpertSignals,
+    request: SteeringRequest,
+) -> tuple[tuple[str, ...], tuple[str, ...], Bounds]:
+    """Return who is weak, why, and the bounds of all adapters; as recorded, where an earlier run decided."""
+    if (recorded := request.recorded) is not None:
+        return tuple(recorded["weak"]), tuple(recorded["reasons"]), _read_bounds(recorded)
+    n_adapters = len(parts.names)
+    rivals = np.full((n_adapters, n_adapters), np.inf)
+    if request.weak_signal_nats > 0:
+        alone = np.broadcast_to(np.eye(n_adapters)[:, None], (n_adapters, *parts.shape))
+        rivals = evaluator.score(alone).per_expert
+    evidence = Evidence(
+        names=parts.names,
+        peak_kl=signals.peak_kl,
+        entropy_ratio=signals.entropy_ratio,
+        from_skeleton=~_wrote_freely(prompts),
+        rivals=rivals,
+    )
+    trust = weigh(evidence, request.weak_signal_nats, request.balanced)
+    doubtful = [(n, why) for n, why in zip(parts.names, trust.reasons, strict=True) if why]
+    return tuple(n for n, _ in doubtful), tuple(why for _, why in doubtful), trust.bounds
 
 
 def _read_bounds(recorded: Mapping[str, Any]) -> Bounds:
@@ -183,19 +202,15 @@ def _wrote_freely(prompts: PromptSet) -> NDArray[np.bool_]:
     return is_free
 
 
-def _warn_of_weak_prompts(
-    names: Sequence[str], peak_kl: FloatArray, is_weak: NDArray[np.bool_], weak_signal_nats: float
-) -> None:
-    weak = [f"{names[index]} ({peak_kl[index]:.3f})" for index in np.flatnonzero(is_weak).tolist()]
+def _warn_of_weak_prompts(n_adapters: int, weak: Sequence[str], reasons: Sequence[str]) -> None:
     if weak:
         logging.getLogger(__name__).warning(
-            "WEAK SIGNAL: the prompts of %d of %d adapters are their own free text, or nowhere differ from "
-            "the base by %g nats: %s. Their coefficients stay near the balanced merge. Give them "
-            "`skeletons:` in the config.",
+            "WEAK SIGNAL: the prompts of %d of %d adapters leave doubt whether they show the adapter's task: "
+            "%s. Their coefficients stay near the balanced merge. Give them `skeletons:` in the config, in "
+            "the words that the adapter was trained on.",
             len(weak),
-            len(names),
-            weak_signal_nats,
-            ", ".join(weak),
+            n_adapters,
+            ", ".join(f"{name} ({reason})" for name, reason in zip(weak, reasons, strict=True)),
         )
 
 

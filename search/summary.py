@@ -86,4 +86,4 @@ def _describe_weak(facts: RunFacts) -> str:
         found = "weak signal from all adapters: the result is close to the balanced merge."
     else:
         found = f"weak signal, kept near the balanced merge: {', '.join(facts.weak)}."
-    return f"{found} Give them `skeletons:` in the config."
+    return f"{found} Give them `skeletons:` in the words that they were trained on."

@@ -46,6 +46,7 @@ class Trial:
     signals_s: float
     """With the references' scores."""
     peak_kl_nats: FloatArray
+    entropy_ratio: FloatArray
     """(n_adapters,) as the trace has it; NaN where it is not finite."""
     cost: Cost
     gradient_s: float | None
@@ -88,6 +89,7 @@ def try_run(setup: Setup, folder: Path) -> Trial:
         steering=steering,
         signals_s=signals_s,
         peak_kl_nats=np.array(signals["peak_kl_nats"], dtype=np.float64),  # null becomes NaN
+        entropy_ratio=np.array(signals["entropy_ratio"], dtype=np.float64),
         cost=cost,
         gradient_s=gradient_s,
         rehearsal_s=rehearse_merge(setup.parts, uniform, config.base.name, folder),

@@ -26,7 +26,8 @@ MATHS = AdapterFacts(
     sha256="20174221" * 8,
     has_skeletons=True,
     peak_kl_nats=2.19,
-    is_weak=False,
+    entropy_ratio=0.03,
+    weak_reason="",
 )
 TIMES = Timetable(
     time_box_s=170.0,
@@ -131,7 +132,7 @@ def test_memory_that_will_run_out_is_told_with_what_takes_it():
     ("has_skeletons", "cure"), [(False, "give them `skeletons:`"), (True, "give them other `skeletons:`")]
 )
 def test_weak_adapters_are_named_with_a_cure_and_how_little_that_is_judged_by(has_skeletons, cure):
-    weak = replace(MATHS, name="chat", is_weak=True, has_skeletons=has_skeletons)
+    weak = replace(MATHS, name="chat", weak_reason="free text", has_skeletons=has_skeletons)
     line = only_advice(diagnosis(adapters=(MATHS, weak)))
     assert "chat" in line
     assert "maths" not in line
@@ -140,12 +141,12 @@ def test_weak_adapters_are_named_with_a_cure_and_how_little_that_is_judged_by(ha
 
 
 def test_the_tables_are_aligned_and_show_what_would_run():
-    adapters = (MATHS, replace(MATHS, name="a_long_name", ranks=(4, 4), is_weak=True, peak_kl_nats=0.1))
+    adapters = (MATHS, replace(MATHS, name="a_long_name", ranks=(4, 4), weak_reason="why", peak_kl_nats=0.1))
     text = describe_diagnosis(diagnosis(adapters=adapters, prior=PriorFacts("prior.json", ("maths",))))
     rows = [line for line in text.splitlines() if line.startswith(("adapter", "maths", "a_long_name"))]
     assert len({line.index(word) for line, word in zip(rows, ("modules", "42", "42"), strict=True)}) == 1
     assert "8 to 16" in rows[1]
-    assert rows[2].endswith("0.10     weak")
+    assert rows[2].endswith("0.10     0.03     weak: why")
     assert "prior.json: knows 1 of 2 adapters; missing: maths" in text
     assert "4.9 million parameters, float32 on cpu" in text
     assert "40 a prompt, so 320 a candidate" in text

@@ -216,19 +216,17 @@ def test_a_weak_adapter_stays_near_the_balanced_merge_and_is_named(run, zoo, cap
     adapters = [{"source": f"{folder}/expert-{i}", "skeletons": own} for i, own in enumerate(skeletons)]
     wide = "search.space=layer", "search.start=0.3", "search.sigma=1", "objective.weak_signal_nats=0.5"
     result, trace, _ = run(*wide, f"adapters={json.dumps(adapters)}", folder="weak")
-    assert event(trace, "signals")["weak"] == [name]
-    peak_kl = event(trace, "signals")["peak_kl_nats"]
+    assert name in event(trace, "signals")["weak"]
     message = next(record.message for record in caplog.records if "WEAK SIGNAL" in record.message)
-    assert f"{name} ({peak_kl[weak]:.3f})" in message
+    assert f"{name} (free text)" in message
     assert "skeletons" in message
-    assert f"weak signal, kept near the balanced merge: {name}." in result.report
-    assert (result.coefficients[:, weak] >= 0.5 * balanced[weak]).all()
-    assert (result.coefficients[:, weak] <= 1.5 * balanced[weak]).all()
+    assert "weak signal" in result.report
+    low, high = (np.array(event(trace, "signals")[end]) for end in ("low", "high"))
+    np.testing.assert_allclose([low[weak], high[weak]], [0.9 * balanced[weak], balanced[weak] / 0.9])
     starts = np.array(event(trace, "search")["start"])
-    assert (starts[:, weak] == balanced[weak]).all()
-    assert (np.delete(starts, weak, 1) == 0.3).all()
-    others = np.delete(trace.generations[0].genomes.reshape(6, 2, 3), weak, -1)
-    assert others.max() > 0.5
+    np.testing.assert_array_equal(starts[:, weak], np.clip(0.3, low[weak], high[weak]))
+    for table in (starts, result.coefficients):
+        assert ((table >= low) & (table <= high)).all()
 
 
 def test_with_all_adapters_weak_the_result_is_the_balanced_merge_or_near_it(run):

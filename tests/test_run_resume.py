@@ -258,7 +258,8 @@ def test_which_adapters_are_weak_is_not_decided_anew(whole, go_on, tmp_path):
     signals = json.loads(lines[-1])
     assert signals["weak"] == ["expert-0", "expert-1", "expert-2"]
     low, high = ([None, None, bounds[2]] for bounds in (signals["low"], signals["high"]))
-    lines[-1] = json.dumps({**signals, "weak": ["expert-2"], "low": low, "high": high}).encode() + b"\n"
+    changed = {"weak": ["expert-2"], "reasons": ["free text"], "low": low, "high": high}
+    lines[-1] = json.dumps({**signals, **changed}).encode() + b"\n"
     (tmp_path / "trace.jsonl").write_bytes(b"".join(lines))
     go_on()
     start = Trace.load(tmp_path / "trace.jsonl").last("search")["start"]

@@ -18,8 +18,8 @@ from search.priors import Prior, PriorBase, PriorObjective, PriorProvenance, Pri
 from search.resume import Record, refuse_changes
 from search.setup import SPREAD_AT_ZERO, load_setup
 from search.stages import OptimizerChoice
-from search.steering import confine_weak
 from search.trace import Trace, TraceWriter
+from search.trust import bound
 from tests.test_merges import save_toy_zoo
 
 
@@ -80,7 +80,7 @@ def write_prior(path, adapters, start, spread=0.1, base_sha256=None):
 
 def free_of_bounds():
     """What `plan` reads of a steering without weak adapters."""
-    return SimpleNamespace(bounds=confine_weak(np.zeros(3, dtype=bool), np.ones(3)))
+    return SimpleNamespace(bounds=bound(np.zeros(3), np.ones(3)))
 
 
 def hash_of(zoo, name):

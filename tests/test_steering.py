@@ -12,7 +12,7 @@ from search.errors import InputError
 from search.evaluate import Scoring
 from search.parts import assemble_parts
 from search.prompts import PromptRequest
-from search.steering import SteeringRequest, WrittenPrompts, confine_weak, prepare_prompts, prepare_steering
+from search.steering import SteeringRequest, WrittenPrompts, prepare_prompts, prepare_steering
 from search.trace import Trace, TraceWriter
 from tests.test_experts import make_prompts
 from tests.toys import BASE_NAME
@@ -99,24 +99,27 @@ def test_weak_adapters_are_confined_started_at_balanced_and_named_loudly(parts, 
     signals = steering.expert_signals
 
     def with_known_kl(*given, **options):
-        return replace(signals(*given, **options), peak_kl=peak_kl)
+        return replace(signals(*given, **options), peak_kl=peak_kl, entropy_ratio=np.array([0.05, 0.05, 0.3]))
 
     with pytest.MonkeyPatch.context() as patch, caplog.at_level(logging.WARNING):
         patch.setattr(steering, "expert_signals", with_known_kl)
         found = steer(parts, trace, weak_signal_nats=0.2)  # not below: not weak
-    assert found.weak == ("expert-1",)
+    assert found.weak == ("expert-1", "expert-2")
     (record,) = caplog.records
-    assert record.message.startswith(
-        "WEAK SIGNAL: the prompts of 1 of 3 adapters are their own free text, or"
+    assert record.message.startswith("WEAK SIGNAL: the prompts of 2 of 3 adapters leave doubt")
+    assert (
+        "expert-1 (0.010 nats from the base at most), expert-2 (0.3 of the base's entropy)." in record.message
     )
-    assert "nowhere differ from the base by 0.2 nats: expert-1 (0.010)." in record.message
-    np.testing.assert_allclose(found.bounds.low, [-np.inf, 0.25, -np.inf])
-    np.testing.assert_allclose(found.bounds.high, [np.inf, 0.75, np.inf])
+    np.testing.assert_allclose(found.bounds.low, [-np.inf, 0.45, 0.48])
+    np.testing.assert_allclose(found.bounds.high, [np.inf, 0.5 / 0.9, 0.8 / 0.6])
     start = found.confine(np.array([[0.4, 0.4, 0.5], [0.6, 0.9, 0.7]]))
-    np.testing.assert_allclose(start, [[0.4, 0.5, 0.5], [0.6, 0.5, 0.7]])
+    np.testing.assert_allclose(start, [[0.4, 0.45, 0.5], [0.6, 0.5 / 0.9, 0.7]])
     assert found.bounds.hold(start)
     assert found.bounds.hold(found.references[2].coefficients)
-    assert last_events(tmp_path)["signals"]["weak"] == ["expert-1"]
+    event = last_events(tmp_path)["signals"]
+    assert event["weak"] == ["expert-1", "expert-2"]
+    assert event["reasons"] == ["0.010 nats from the base at most", "0.3 of the base's entropy"]
+    assert event["entropy_ratio"] == [0.05, 0.05, 0.3]
 
 
 @pytest.mark.parametrize(("weak_signal_nats", "weak"), [(1e-6, ("expert-0", "expert-2")), (0.0, ())])
@@ -130,20 +133,17 @@ def test_who_has_no_prompt_from_a_skeleton_is_weak_whatever_it_says_unless_nobod
     assert sum(from_skeleton) == 1  # one of its two
     prompts = replace(both, searched=replace(both.searched, from_skeleton=from_skeleton))
     found = steer(parts, trace, weak_signal_nats, prompts=prompts)
-    assert found.weak == weak
-    assert np.isfinite(found.bounds.low).tolist() == [name in weak for name in parts.names]
+    because = zip(found.weak, found.reasons, strict=True)
+    assert tuple(name for name, reason in because if reason == "free text") == weak
+    assert np.isfinite(found.bounds.low).all() == bool(weak)  # toys answer as unsurely as their base
 
 
 def test_a_signal_that_is_not_a_number_is_weak(parts, trace, monkeypatch):
     signals = steering.expert_signals
     kl = np.array([np.nan, 1, 1])
     monkeypatch.setattr(steering, "expert_signals", lambda *a, **k: replace(signals(*a, **k), peak_kl=kl))
-    assert steer(parts, trace).weak == ("expert-0",)
-
-
-def test_a_single_weak_adapter_stays_near_itself():
-    bounds = confine_weak(np.array([True]), np.array([1.0]))
-    assert (bounds.low.tolist(), bounds.high.tolist()) == ([0.5], [1.5])
+    found = steer(parts, trace, weak_signal_nats=0.5)
+    assert found.reasons[found.weak.index("expert-0")] == "nan nats from the base at most"
 
 
 def test_the_balanced_merge_is_scored_as_one_more_reference(parts, trace):
@@ -208,6 +208,7 @@ def test_in_a_resumed_run_adapters_are_weak_and_confined_as_recorded_whatever_is
     low, high = 1 / 6, 1 / 2  # of a run whose weak adapters were kept near the uniform merge
     recorded = {
         "weak": weak,
+        "reasons": ["free text"] * len(weak),
         "low": [None, None, low if weak else None],
         "high": [None, None, high if weak else None],
     }
@@ -215,5 +216,5 @@ def test_in_a_resumed_run_adapters_are_weak_and_confined_as_recorded_whatever_is
     assert list(found.weak) == weak
     assert found.bounds.low.tolist() == [-np.inf, -np.inf, low if weak else -np.inf]
     assert found.bounds.high.tolist() == [np.inf, np.inf, high if weak else np.inf]
-    assert found.confine(np.zeros((2, 3)))[:, 2].tolist() == [1 / 3 if weak else 0.0] * 2
+    assert found.confine(np.zeros((2, 3)))[:, 2].tolist() == [low if weak else 0.0] * 2
     assert len(caplog.records) == len(weak)
