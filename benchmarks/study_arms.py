@@ -179,7 +179,7 @@ WORDINGS = (
 
 _SEARCH = (
     *(DEFAULT, *SPACES, *OPTIMIZERS, *RACES, *SIZES, *SCALES, *GRADIENTS, *OBJECTIVES, *COMBINATIONS),
-    *(*STARTS, *PROMPT_COUNTS),
+    *STARTS,
 )
 _PROMPTS = (
     *(DEFAULT, *PROMPT_COUNTS, *WORDINGS, ALL_POSITIONS),
@@ -196,6 +196,7 @@ _ABLATION = (
 _FREE = Arm("no skeletons, all free", ("objective.weak_signal_nats=0",), dropped, "skeletons")
 STUDIES = {
     "search": Study("Which search, where seconds end it", _SEARCH, VARIANTS[:1], is_timed=True),
+    "tokens": Study("Which search, at equal tokens", _SEARCH, VARIANTS[:1]),
     "prompts": Study("Which prompts", _PROMPTS, ("mixed", "answer")),
     "ablation": Study("The default without one of its parts", _ABLATION, VARIANTS[:1]),
     "no_skeleton": Study("No skeletons at all", (DEFAULT, UNIFORM, BALANCED, NO_SKELETONS, _FREE), VARIANTS),
