@@ -163,10 +163,14 @@ def run_process(
     return log_text, cost, failure if process.returncode else ""
 
 
-def job_environment() -> dict[str, str]:
-    """Return an environment with a thread for each core of this thread's affinity, and without a GPU."""
+def job_environment(overrides: Sequence[str] = ()) -> dict[str, str]:
+    """Return an environment with a thread for each core of this thread's affinity.
+
+    Without a GPU, unless the overrides ask for one: what is timed on cores must not find one by itself.
+    """
     n_cores = str(len(os.sched_getaffinity(0)))
-    return {**os.environ, **dict.fromkeys(THREAD_VARIABLES, n_cores), "CUDA_VISIBLE_DEVICES": ""}
+    hidden = {} if any(text.startswith("device=cuda") for text in overrides) else {"CUDA_VISIBLE_DEVICES": ""}
+    return {**os.environ, **dict.fromkeys(THREAD_VARIABLES, n_cores), **hidden}
 
 
 def score_answers(path: Path, scores: Path, held_in: Sequence[str]) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from typing import Any
 
 from benchmarks.command import exit_code
 from benchmarks.environment import ROOT, code_hash, describe_machine
-from benchmarks.job import Outcome, run_pinned, run_process, split_cores
+from benchmarks.job import Outcome, job_environment, run_pinned, run_process, split_cores
 from benchmarks.pieces import OPERATORS
 from benchmarks.quality import OUT
 from benchmarks.rows import PERMUTED, WEIGHED, Row, append_row, measured, read_rows
@@ -71,7 +71,10 @@ def run_pieces(job: PiecesJob, output: Path, running: set[int]) -> Outcome[Piece
     command = [sys.executable, "-m", "benchmarks.pieces", str(job.config), "--experts", job.experts]
     try:
         _, cost, failure = run_process(
-            [*command, "--out", str(result), *job.options], output / "log", running
+            [*command, "--out", str(result), *job.options],
+            output / "log",
+            running,
+            job_environment(job.options),
         )
         costs = {"process_s": cost["seconds"], "peak_mb": cost["peak_mb"]}
         return Outcome(job, costs if failure else {**json.loads(result.read_text()), **costs}, failure)

@@ -27,7 +27,7 @@ import yaml
 from benchmarks.arm import Checkpoints
 from benchmarks.command import exit_code
 from benchmarks.environment import ROOT, code_hash, describe_machine
-from benchmarks.job import Outcome, run_pinned, run_process, split_cores
+from benchmarks.job import Outcome, job_environment, run_pinned, run_process, split_cores
 from benchmarks.plots import write_svg
 from benchmarks.rows import append_row, is_done, measured, read_rows
 from benchmarks.sections import replace_section
@@ -152,7 +152,8 @@ def run_arm(job: ArmJob, output: Path, running: set[int]) -> Outcome[ArmJob]:
     command += ["--queries", str(job.n_queries)] if job.n_queries is not None else []
     command += ["--reference", job.arm.reference] if job.arm.reference else []
     try:
-        _, cost, failure = run_process(command, output / "log", running)
+        environment = job_environment(job.overrides)
+        _, cost, failure = run_process(command, output / "log", running, environment)
         return Outcome(job, {} if failure else {**json.loads(result.read_text()), **cost}, failure)
     finally:
         shutil.rmtree(output)
