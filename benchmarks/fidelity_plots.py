@@ -22,11 +22,12 @@ from search.space import FloatArray
 
 PANEL_HEIGHT = 3.2
 """Inches."""
+BROWN = "#8c564b"
 KIND_COLOURS = dict(zip((*KINDS, VISITED), PALETTE, strict=True))
 STYLES = ("-", "--")
 SPACE_STYLES = {"layer": "-", "model": "--"}
 OTHERS = [name for name in OBJECTIVES if name != DEFAULT.name]
-OBJECTIVE_COLOURS = {DEFAULT.name: BLACK, **dict(zip(OTHERS, (*PALETTE[:-1], GREY), strict=True))}
+OBJECTIVE_COLOURS = {DEFAULT.name: BLACK, **dict(zip(OTHERS, (*PALETTE[:-1], GREY, BROWN), strict=True))}
 PLAIN = FuncFormatter(lambda value, _: f"{value:,g}")
 MEASURES = {"held_in_N": "held-in N (%)", "held_out": "held-out accuracy (%)"}
 RHOS = {"held_in": "held-in", "held_in_best": "held-in, best quarter", "held_out": "held-out"}
