@@ -108,7 +108,7 @@ def _plan_study(name: str, experts: str, arguments: argparse.Namespace, folder: 
         if not path.exists():
             _write_config(path, arm, experts, arguments.config, folder)
         limits = NO_LIMITS if seconds and not arm.reference else NO_LIMITS[:1]
-        overrides = (*limits, *arm.overrides, *arguments.overrides)
+        overrides = (*limits, *study.overrides, *arm.overrides, *arguments.overrides)
         points = Checkpoints(
             seconds=tuple(sorted(seconds)),
             tokens=tuple(arguments.tokens),

@@ -57,6 +57,8 @@ class Study:
     """Expert sets, unless others are asked for."""
     is_timed: bool = False
     """Seconds end the search, in place of the configuration's evaluations."""
+    overrides: tuple[str, ...] = ()
+    """"section.key=value", in every arm."""
 
 
 def next_ones(skeletons: Skeletons) -> Skeletons:
@@ -196,7 +198,9 @@ _ABLATION = (
 _FREE = Arm("no skeletons, all free", ("objective.weak_signal_nats=0",), dropped, "skeletons")
 STUDIES = {
     "search": Study("Which search, where seconds end it", _SEARCH, VARIANTS[:1], is_timed=True),
-    "tokens": Study("Which search, at equal tokens", _SEARCH, VARIANTS[:1]),
+    "tokens": Study(
+        "Which search, at equal tokens", _SEARCH, VARIANTS[:1], overrides=("search.max_evaluations=1280",)
+    ),
     "prompts": Study("Which prompts", _PROMPTS, ("mixed", "answer")),
     "ablation": Study("The default without one of its parts", _ABLATION, VARIANTS[:1]),
     "no_skeleton": Study("No skeletons at all", (DEFAULT, UNIFORM, BALANCED, NO_SKELETONS, _FREE), VARIANTS),

@@ -53,9 +53,10 @@ def weigh(evidence: Evidence, weak_signal_nats: float, balanced: FloatArray) -> 
     """Bound the coefficients of adapters whose prompts leave doubt, around the balanced merge's.
 
     The doubt is the entropy ratio, and 1 where the prompts are free text, where expert and base nowhere
-    differ, or where another expert alone answers them as well. Up to SURE a coefficient is free; with doubt d
-    it stays within the factors min(2 d, HELD) and its inverse of the balanced merge's. The rule is ours;
-    benchmarks.studies, which prompts, shows what it does.
+    differ, or where another expert alone answers them as well. Half of the mean doubt is the least that counts:
+    what one adapter takes from another goes unseen where nothing is known of that one. Up to SURE a coefficient
+    is free; with doubt d it stays within the factors min(2 d, HELD) and its inverse of the balanced merge's.
+    The rule is ours; benchmarks.studies, which prompts, shows what it does.
 
     Args:
         weak_signal_nats: peak KL below which expert and base do not differ; 0 trusts all prompts.
@@ -69,6 +70,9 @@ def weigh(evidence: Evidence, weak_signal_nats: float, balanced: FloatArray) -> 
     doubt = np.where(known, np.clip(evidence.entropy_ratio, 0, 1), 1.0)
     for index in np.flatnonzero(known & ~(doubt <= SURE)).tolist():
         reasons[index] = f"{doubt[index]:.2g} of the base's entropy"
+    doubt = np.maximum(doubt, doubt.mean() / 2)
+    for index in np.flatnonzero(doubt > SURE).tolist():
+        reasons[index] = reasons[index] or "the others' prompts"
     return Trust(doubt, tuple(reasons), bound(doubt, balanced))
 
 
