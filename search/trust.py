@@ -53,10 +53,10 @@ def weigh(evidence: Evidence, weak_signal_nats: float, balanced: FloatArray) -> 
     """Bound the coefficients of adapters whose prompts leave doubt, around the balanced merge's.
 
     The doubt is the entropy ratio, and 1 where the prompts are free text, where expert and base nowhere
-    differ, or where another expert alone answers them as well. Half of the mean doubt is the least that counts:
-    what one adapter takes from another goes unseen where nothing is known of that one. Up to SURE a coefficient
-    is free; with doubt d it stays within the factors min(2 d, HELD) and its inverse of the balanced merge's.
-    The rule is ours; benchmarks.studies, which prompts, shows what it does.
+    differ, or where another expert alone answers them as well. Half of the mean doubt is the least that
+    counts: what one adapter takes from another goes unseen where nothing is known of that one. Up to SURE a
+    coefficient is free; with doubt d it stays within the factors min(2 d, HELD) and its inverse of the
+    balanced merge's. The rule is ours; benchmarks.studies, which prompts, shows what it does.
 
     Args:
         weak_signal_nats: peak KL below which expert and base do not differ; 0 trusts all prompts.

@@ -67,10 +67,16 @@ def test_arms_that_come_to_the_same_are_run_once_under_all_their_names(tmp_path)
     chosen = plan(tmp_path, *"--study ablation --variants mixed --seeds 0".split())
     every = plan(tmp_path, *"--variants mixed --seeds 0".split())
     (alone,) = [job for job in chosen if job.arm.name == "default"]
-    (among,) = [job for job in every if job.label == "default"]
+    (among,) = [job for job in every if job.label == "default" and "ablation" in job.studies]
     assert alone.names == among.names
     assert {"default", "prompts an adapter: 8", "temperature 1.0"} <= set(alone.names)
     assert len({(job.digest, job.seed) for job in every}) == len(every)
+
+
+def test_at_equal_tokens_searches_are_longer_and_none_is_shared_with_another_study(tmp_path):
+    jobs = plan(tmp_path, *"--study tokens --variants mixed --seeds 0".split())
+    assert {load_config(job.config, job.overrides).search.max_evaluations for job in jobs} == {1280}
+    assert {job.studies for job in jobs} == {("tokens",)}
 
 
 def test_seconds_end_the_study_of_searches_and_evaluations_the_others(tmp_path):
@@ -156,7 +162,8 @@ def test_a_run_gets_its_settings_and_its_measures_come_back(tmp_path, monkeypatc
     jobs = plan(tmp_path, *FREE, "--seconds", "1", "2", "--tokens", "5", "--queries", "3")
     commands = []
 
-    def run_process(command, log_path, running):
+    def run_process(command, log_path, running, environment):
+        assert environment["CUDA_VISIBLE_DEVICES"] == ""
         commands.append(command)
         Path(command[command.index("--out") + 1]).write_text('{"held_in_N": 0.5}')
         return "", {"seconds": 3.0}, ""

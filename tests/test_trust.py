@@ -9,15 +9,14 @@ from hypothesis import strategies as st
 
 from search.trust import HELD, SURE, Evidence, bound, weigh
 
-NAMES = "maths", "code", "chat"
-BALANCED = np.array([0.2, 0.5, 0.8])
-RIVALS = np.array([[0.0, 0.6, 0.9], [0.7, 0.0, 0.8], [0.9, 0.4, 0.0]])
+N = 8
+BALANCED = np.linspace(0.2, 0.9, N)
 GOOD = Evidence(
-    names=NAMES,
-    peak_kl=np.array([2.0, 3.0, 1.0]),
-    entropy_ratio=np.array([0.02, 0.1, 0.05]),
-    from_skeleton=np.ones(3, dtype=bool),
-    rivals=RIVALS,
+    names=[f"expert-{i}" for i in range(N)],
+    peak_kl=np.linspace(1, 3, N),
+    entropy_ratio=np.linspace(0.01, 0.05, N),
+    from_skeleton=np.ones(N, dtype=bool),
+    rivals=1 - np.eye(N),
 )
 
 
@@ -29,7 +28,7 @@ def changed(field, index, value):
 
 def test_who_is_sure_differs_from_the_base_and_has_no_rival_is_free():
     trust = weigh(GOOD, 0.5, BALANCED)
-    assert trust.reasons == ("", "", "")
+    assert trust.reasons == ("",) * N
     assert np.isneginf(trust.bounds.low).all()
     assert np.isposinf(trust.bounds.high).all()
 
@@ -43,15 +42,16 @@ def test_who_is_sure_differs_from_the_base_and_has_no_rival_is_free():
         ("entropy_ratio", 1, np.nan, "no finite entropy"),
         ("entropy_ratio", 1, 0.7, "0.7 of the base's entropy"),
         ("entropy_ratio", 1, np.inf, "1 of the base's entropy"),
-        ("rivals", (2, 1), 0.04, "chat alone answers them as well"),
-        ("rivals", (0, 1), 0.0, "maths alone answers them as well"),
+        ("rivals", (2, 1), 0.04, "expert-2 alone answers them as well"),
+        ("rivals", (0, 1), 0.0, "expert-0 alone answers them as well"),
     ],
 )
 def test_without_evidence_a_coefficient_is_held_near_the_balanced_merge(field, at, value, reason):
     trust = weigh(changed(field, at, value), 0.5, BALANCED)
-    assert trust.reasons == ("", reason, "")
-    np.testing.assert_allclose(trust.bounds.low, [-np.inf, 0.5 * HELD, -np.inf])
-    np.testing.assert_allclose(trust.bounds.high, [np.inf, 0.5 / HELD, np.inf])
+    assert trust.reasons == ("", reason, *[""] * (N - 2))
+    low, high = trust.bounds.low / BALANCED, trust.bounds.high / BALANCED
+    np.testing.assert_allclose(low, [-np.inf, HELD, *[-np.inf] * (N - 2)])
+    np.testing.assert_allclose(high, [np.inf, 1 / HELD, *[np.inf] * (N - 2)])
     assert not weigh(changed(field, at, value), 0, BALANCED).reasons[1]  # 0 trusts all
 
 
@@ -60,8 +60,17 @@ def test_an_expert_that_answers_anothers_prompts_may_have_prompts_of_its_own():
     assert trust.reasons[2] == ""
 
 
+def test_the_more_is_unknown_the_less_may_the_others_move():
+    unknown = np.arange(N) < N // 2
+    trust = weigh(replace(GOOD, from_skeleton=~unknown), 0.5, BALANCED)
+    assert set(trust.reasons[N // 2 :]) == {"the others' prompts"}
+    mean = (N // 2 + GOOD.entropy_ratio[N // 2 :].sum()) / N
+    np.testing.assert_allclose(trust.bounds.low[N // 2 :], mean * BALANCED[N // 2 :])
+    np.testing.assert_allclose(trust.bounds.high[N // 2 :], BALANCED[N // 2 :] / mean)
+
+
 def test_a_rival_that_gives_no_numbers_is_none():
-    assert weigh(replace(GOOD, rivals=np.full((3, 3), np.nan)), 0.5, BALANCED).reasons == ("", "", "")
+    assert weigh(replace(GOOD, rivals=np.full((N, N), np.nan)), 0.5, BALANCED).reasons == ("",) * N
 
 
 def test_a_single_adapter_has_no_rival():
