@@ -87,6 +87,11 @@ def every_second(skeletons: Skeletons) -> Skeletons:
     return {name: own if i % 2 == 0 else () for i, (name, own) in enumerate(skeletons.items())}
 
 
+def most(skeletons: Skeletons) -> Skeletons:
+    """Take the skeletons of the first, sixth, ... adapter away."""
+    return {name: () if i % 5 == 0 else own for i, (name, own) in enumerate(skeletons.items())}
+
+
 def other_lines(skeletons: Skeletons) -> Skeletons:
     """Word every instruction in another way; fields stay (InputError for an adapter not in REWORDED)."""
     return {name: tuple(_other_line(name, text) for text in own) for name, own in skeletons.items()}
@@ -176,6 +181,7 @@ WORDINGS = (
     Arm("one skeleton for all", change=shared, family="skeletons"),
     Arm("the next adapter's skeleton", change=next_ones, family="skeletons"),
     Arm("skeletons for every second adapter", change=every_second, family="skeletons"),
+    Arm("skeletons for four adapters of five", change=most, family="skeletons"),
     NO_SKELETONS,
 )
 

@@ -206,8 +206,8 @@ def _warn_of_weak_prompts(n_adapters: int, weak: Sequence[str], reasons: Sequenc
     if weak:
         logging.getLogger(__name__).warning(
             "WEAK SIGNAL: the prompts of %d of %d adapters leave doubt whether they show the adapter's task: "
-            "%s. Their coefficients stay near the balanced merge. Give them `skeletons:` in the config, in "
-            "the words that the adapter was trained on.",
+            "%s. Their coefficients stay near the balanced merge, and the others' the nearer the more these "
+            "are. Give them `skeletons:` in the config, in the words that the adapter was trained on.",
             len(weak),
             n_adapters,
             ", ".join(f"{name} ({reason})" for name, reason in zip(weak, reasons, strict=True)),

@@ -45,7 +45,7 @@ class Trust:
     doubt: FloatArray
     """(n_adapters,) from 0, the prompts are the adapter's own, to 1, nothing is known."""
     reasons: tuple[str, ...]
-    """(n_adapters,) why there is doubt; empty where coefficients are free."""
+    """(n_adapters,) why there is doubt; empty where there is none."""
     bounds: Bounds
 
 
@@ -53,9 +53,9 @@ def weigh(evidence: Evidence, weak_signal_nats: float, balanced: FloatArray) -> 
     """Bound the coefficients of adapters whose prompts leave doubt, around the balanced merge's.
 
     The doubt is the entropy ratio, and 1 where the prompts are free text, where expert and base nowhere
-    differ, or where another expert alone answers them as well. Half of the mean doubt is the least that
-    counts: what one adapter takes from another goes unseen where nothing is known of that one. Up to SURE a
-    coefficient is free; with doubt d it stays within the factors min(2 d, HELD) and its inverse of the
+    differ, or where another expert alone answers them as well. The mean doubt is the least that counts: what
+    one adapter takes from another goes unseen where nothing is known of that one. Up to SURE a coefficient
+    is free; with doubt d it stays within the factors min(2 d, HELD) and its inverse of the
     balanced merge's. The rule is ours; benchmarks.studies, which prompts, shows what it does.
 
     Args:
@@ -70,10 +70,7 @@ def weigh(evidence: Evidence, weak_signal_nats: float, balanced: FloatArray) -> 
     doubt = np.where(known, np.clip(evidence.entropy_ratio, 0, 1), 1.0)
     for index in np.flatnonzero(known & ~(doubt <= SURE)).tolist():
         reasons[index] = f"{doubt[index]:.2g} of the base's entropy"
-    doubt = np.maximum(doubt, doubt.mean() / 2)
-    for index in np.flatnonzero(doubt > SURE).tolist():
-        reasons[index] = reasons[index] or "the others' prompts"
-    return Trust(doubt, tuple(reasons), bound(doubt, balanced))
+    return Trust(doubt, tuple(reasons), bound(np.maximum(doubt, doubt.mean()), balanced))
 
 
 def bound(doubt: FloatArray, balanced: FloatArray) -> Bounds:

@@ -12,6 +12,7 @@ from benchmarks.study_arms import (
     VAGUE,
     dropped,
     every_second,
+    most,
     next_ones,
     other_lines,
     other_lines_and_fields,
@@ -55,7 +56,17 @@ def test_an_ablation_changes_something():
 
 @pytest.mark.parametrize(
     "change",
-    [next_ones, vague, shared, every_second, other_lines, other_lines_and_fields, with_other_lines, dropped],
+    [
+        next_ones,
+        vague,
+        shared,
+        every_second,
+        most,
+        other_lines,
+        other_lines_and_fields,
+        with_other_lines,
+        dropped,
+    ],
 )
 def test_changed_skeletons_are_of_the_same_adapters_and_can_be_filled(change):
     changed = change(OWN)
