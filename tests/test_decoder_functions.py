@@ -1,6 +1,5 @@
 """Scoring and writing: a hand-computed case, and batches against the slow obvious version."""
 
-import itertools
 import math
 from types import SimpleNamespace
 
@@ -15,7 +14,6 @@ from llm_merging.model.decoder_functions import (
     generate,
     predict_multiple_choice,
     score_choices,
-    write_greedily,
 )
 from tests.test_base import CHARACTERS, make_toy_model, make_toy_tokenizer
 from tests.toys import make_model
@@ -118,24 +116,6 @@ def test_scores_in_a_batch_equal_plain_forwards(architecture):
     for p, texts in enumerate(choices):
         expected = [one_forward_each(model, prompts[p], c) for c in texts] + [-math.inf] * (4 - len(texts))
         torch.testing.assert_close(scores[p], torch.tensor(expected, dtype=model.dtype))
-
-
-def write_one(model, prompt, n_tokens):
-    """Greedy text with one plain forward a token."""
-    ids = list(prompt)
-    for _ in range(n_tokens):
-        ids.append(model(torch.tensor([ids])).logits[0, -1].argmax().item())
-    return ids[len(prompt) :]
-
-
-def test_text_written_in_a_batch_equals_plain_forwards(architecture):
-    model, tokenizer = make_toy(architecture), make_toy_tokenizer()
-    prompts = [encode_input(tokenizer, text) for text in TEXTS]
-    endless = [write_one(model, prompt, 12) for prompt in prompts]
-    assert write_greedily(model, prompts, 12, frozenset(), pad=2) == endless
-    for stop in {token for ids in endless for token in ids}:  # rows end at different steps
-        ended = [list(itertools.takewhile(lambda token, stop=stop: token != stop, ids)) for ids in endless]
-        assert write_greedily(model, prompts, 12, frozenset({stop}), pad=2) == ended
 
 
 def test_generation_strips_special_tokens_and_stops_at_the_limit():

@@ -1,18 +1,17 @@
 """Answer a batch with a decoder model: score choices, or write greedily.
 
-Knows token ids and one batch that fits in memory; how queries are grouped into batches is evaluation.py's.
-Prompts are padded on the left and choices on the right, masked and with explicit positions, so that a row's
-answer does not depend on the rows beside it.
+Knows texts and one batch that fits in memory; how queries are grouped is evaluation.py's, and how tokens are
+written one after the other writing.py's.
 """
 
-import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
+from llm_merging.model.rows import device_of, forward, pad_left, pad_right
+from llm_merging.model.writing import write_greedily
 from search.sampling import encode_input
 
 TIE_NATS = 1e-5
@@ -86,13 +85,13 @@ def score_choices(
     Raises:
         FloatingPointError: if a score is not finite.
     """
-    device = _device(model)
-    ids, mask = _pad_left(prompts, pad, device)
-    read = _forward(model, ids, mask)
+    device = device_of(model)
+    ids, mask = pad_left(prompts, pad, device)
+    read = forward(model, ids, mask)
     owner = torch.tensor([p for p, texts in enumerate(choices) for _ in texts], device=device)  # (n_rows,)
     read.past_key_values.batch_select_indices(owner)
-    choice_ids, choice_mask = _pad_right([ids for texts in choices for ids in texts], pad, device)
-    rest = _forward(
+    choice_ids, choice_mask = pad_right([ids for texts in choices for ids in texts], pad, device)
+    rest = forward(
         model, choice_ids, torch.cat([mask[owner], choice_mask], dim=1), read.past_key_values, last_only=False
     )
     first_logp = _log_softmax(read.logits[:, -1])[owner].gather(1, choice_ids[:, :1])  # (n_rows, 1)
@@ -105,67 +104,11 @@ def score_choices(
     return nn.utils.rnn.pad_sequence(per_prompt, batch_first=True, padding_value=float("-inf"))
 
 
-@torch.inference_mode()
-def write_greedily(
-    model: nn.Module, prompts: Sequence[Sequence[int]], max_new: int, stop_ids: frozenset[int], *, pad: int
-) -> list[list[int]]:
-    """Return each prompt's greedy continuation, without its end token; finished rows leave the batch."""
-    written: list[list[int]] = [[] for _ in prompts]
-    writing = list(range(len(prompts)))  # the prompt that each row of the batch continues
-    ids, mask = _pad_left(prompts, pad, _device(model))
-    cache = None
-    for _ in range(max_new):
-        output = _forward(model, ids, mask, cache)
-        cache = output.past_key_values
-        tokens = output.logits[:, -1].argmax(dim=-1)
-        going = [row for row, token in enumerate(tokens.tolist()) if token not in stop_ids]
-        for row in going:
-            written[writing[row]].append(int(tokens[row]))
-        if not going:
-            break
-        if len(going) < len(writing):
-            kept = torch.tensor(going, device=ids.device)
-            writing, tokens, mask = [writing[row] for row in going], tokens[kept], mask[kept]
-            cache.batch_select_indices(kept)
-        ids, mask = tokens[:, None], functional.pad(mask, (0, 1), value=1)
-    return written
-
-
-def _forward(
-    model: nn.Module, ids: Tensor, mask: Tensor, cache: Any = None, *, last_only: bool = True
-) -> Any:
-    """Run the model on `ids` (n_rows, n_new) that follow the cache; mask (n_rows, all tokens so far)."""
-    accepted = inspect.signature(model.forward).parameters
-    options: dict[str, Any] = {}
-    if "position_ids" in accepted:
-        options["position_ids"] = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-    if last_only and "logits_to_keep" in accepted:
-        options["logits_to_keep"] = 1
-    return model(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, **options)
-
-
 def _log_softmax(logits: Tensor) -> Tensor:
     """Log-probabilities in at least float32."""
     return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(dim=-1)
 
 
-def _pad_left(rows: Sequence[Sequence[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    ids, mask = _pad_right([row[::-1] for row in rows], pad, device)
-    return ids.flip(1), mask.flip(1)
-
-
-def _pad_right(rows: Sequence[Sequence[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return ids and mask, both (n_rows, longest row)."""
-    width = max(len(row) for row in rows)
-    ids = torch.tensor([[*row, *[pad] * (width - len(row))] for row in rows], device=device)
-    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=device)
-    return ids, mask
-
-
 def _pad_id(tokenizer: Any) -> int:
     """Return the id that pads: EOS, which every model knows; a padding token may lie beyond a vocabulary."""
     return int(tokenizer.eos_token_id)
-
-
-def _device(model: nn.Module) -> torch.device:
-    return next(model.parameters()).device
