@@ -18,8 +18,11 @@ from llm_merging.data import GENERATION, MULTIPLE_CHOICE, Query, check_lengths
 from llm_merging.model.decoder_functions import encode_choice, encode_input
 from search.files import atomic_write
 
-TOKENS_PER_BATCH = {"cuda": 16384}
+TOKENS_PER_BATCH = {"cuda": {MULTIPLE_CHOICE: 16384, GENERATION: 65536}}
+"""Rows x longest row. Writing wants 64 rows even of prompts of 1,000 tokens: a step reads all weights,
+however few the rows; the cache is then 8 GiB in a 7B model with 8 key-value heads."""
 TOKENS_PER_BATCH_ELSEWHERE = 4096
+KINDS = (MULTIPLE_CHOICE, GENERATION)
 EMPTY_PREDICTION = "unknown"
 """Written for an empty answer: the leaderboard refuses empty cells."""
 ESTIMATE_MARGIN = 1.5
@@ -94,15 +97,16 @@ def answer_queries(
     Raises:
         torch.OutOfMemoryError: if a single query does not fit.
     """
-    budget = tokens_per_batch or _default_budget(method)
+    budgets = {kind: tokens_per_batch or _default_budget(method, kind) for kind in KINDS}
     todo = _longest_first(_size_for(method, queries))
     predictions = [""] * len(queries)
     with tqdm(total=len(queries), desc="answers", unit="query", disable=not progress) as bar:
         while todo:
-            batch = _first_batch(todo, budget)
+            kind = todo[0].query.eval_type
+            batch = _first_batch(todo, budgets[kind])
             texts = _try_batch(method, [s.query for s in batch])
             if texts is None:
-                budget = _cost(batch) // 2
+                budgets[kind] = _cost(batch) // 2
                 torch.cuda.empty_cache()
                 continue
             for sized, text in zip(batch, texts, strict=True):
@@ -113,15 +117,20 @@ def answer_queries(
 
 
 def estimate_seconds(method: Answerer, queries: Sequence[Query]) -> float:
-    """Measure how long answering will take: the middle batch of each kind, times their number."""
+    """Measure how long answering will take: the middle batch of each kind, times their number.
+
+    A middle batch with less than its share of the tokens, as the last of two may be, counts by its tokens.
+    """
     sized = _longest_first(_size_for(method, queries))
     total_s = 0.0
-    for kind in (MULTIPLE_CHOICE, GENERATION):
-        batches = list(_plan([s for s in sized if s.query.eval_type == kind], _default_budget(method)))
+    for kind in KINDS:
+        batches = list(_plan([s for s in sized if s.query.eval_type == kind], _default_budget(method, kind)))
         if batches:
+            middle = batches[len(batches) // 2]
             started_s = time.monotonic()
-            answer_queries(method, [s.query for s in batches[len(batches) // 2]], progress=False)
-            total_s += (time.monotonic() - started_s) * len(batches)
+            answer_queries(method, [s.query for s in middle], progress=False)
+            share = max(len(batches), sum(map(_cost, batches)) / _cost(middle))
+            total_s += (time.monotonic() - started_s) * share
     return total_s * ESTIMATE_MARGIN
 
 
@@ -182,6 +191,6 @@ def _cost(batch: Sequence[SizedQuery]) -> int:
     return sum(s.n_rows for s in batch) * batch[0].n_tokens
 
 
-def _default_budget(method: Answerer) -> int:
+def _default_budget(method: Answerer, kind: str) -> int:
     device = next(method.base_model.parameters()).device
-    return TOKENS_PER_BATCH.get(device.type, TOKENS_PER_BATCH_ELSEWHERE)
+    return TOKENS_PER_BATCH.get(device.type, {}).get(kind, TOKENS_PER_BATCH_ELSEWHERE)

@@ -1,6 +1,7 @@
 """Answering in batches: the order, the equality with one query at a time, memory, and the written file."""
 
 import csv
+import itertools
 from types import SimpleNamespace
 
 import pytest
@@ -114,7 +115,20 @@ def test_batches_that_run_out_of_memory_are_halved_until_they_fit(one_at_a_time)
     method = Method(most_rows=3)
     assert answer_queries(method, make_queries(), progress=False) == one_at_a_time
     failed = [rows for rows in method.rows_tried if rows > 3]
-    assert 2 <= len(failed) == len(set(failed))  # each try is smaller, and later batches know it
+    fitting = [rows for rows in method.rows_tried if rows <= 3]
+    assert 2 <= len(failed) < len(fitting) / 2  # later batches of a kind know what did not fit
+    assert len(fitting) < len(make_queries()) / 2
+
+
+def test_one_kind_that_runs_out_of_memory_leaves_the_other_its_batches():
+    """Generation comes first."""
+    tried = []
+    for writer in (Method(), Method(most_rows=1)):
+        method = Method()
+        method.generate = writer.generate
+        answer_queries(method, make_queries(), tokens_per_batch=700, progress=False)
+        tried.append(method.rows_tried)
+    assert tried[0] == tried[1] != []
 
 
 def test_one_query_that_does_not_fit_is_an_error():
@@ -151,6 +165,18 @@ def test_the_time_to_answer_is_measured_on_few_batches(monkeypatch):
     assert len(method.rows_tried) == 2
     assert sum(method.rows_tried) < len(queries) / 2
     assert estimate_seconds(method, []) == 0
+
+
+def test_a_short_last_batch_does_not_stand_for_the_long_ones(monkeypatch):
+    """Six rows of 20 tokens in a batch, six of 10 in the next: if that took 1 s, both take 3."""
+    clock = itertools.count()
+    monkeypatch.setattr(evaluation, "TOKENS_PER_BATCH_ELSEWHERE", 120)
+    monkeypatch.setattr(evaluation, "time", SimpleNamespace(monotonic=lambda: float(next(clock))))
+    method = Method()
+    long = [Query(f"l{i}", "a" * 10, GENERATION) for i in range(6)]
+    short = [Query(f"s{i}", "", GENERATION) for i in range(6)]
+    assert estimate_seconds(method, long + short) == 3 * evaluation.ESTIMATE_MARGIN
+    assert method.rows_tried == [6]
 
 
 def test_predictions_are_written_as_the_kit_expects(tmp_path):
