@@ -22,7 +22,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.command import exit_code
 from benchmarks.environment import RESULTS, ROOT, describe_machine
 from llm_merging.data import GENERATION, MULTIPLE_CHOICE, Query, read_queries
 from llm_merging.evaluation import answer_queries
@@ -281,5 +280,14 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run; bad input is one line and exit code 2."""
+    try:
+        return run(parse_arguments(argv))
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
 if __name__ == "__main__":
-    sys.exit(exit_code(lambda: run(parse_arguments(None))))
+    sys.exit(main())
