@@ -25,6 +25,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from search.dummy import SCALING, is_dummy, make_factors
 from search.errors import InputError
 from search.files import sha256_file
 
@@ -110,17 +111,18 @@ def load_adapter(
     """
     name = name or Path(source).name
     where = f"adapter {name!r} ({source})"
-    if Path(source).is_dir():
-        folder = Path(source)
-    else:
-        folder = _download(source, revision, where, allow_pickle)
-        revision = folder.name  # snapshots are kept under their commit
+    if is_dummy(source):
+        drawn = make_factors(source)
+        modules = {key: Factors(A, B, SCALING) for key, (A, B) in drawn.factors.items()}
+        return Adapter(name, modules, source, None, drawn.sha256, drawn.base)
+    folder = Path(source) if Path(source).is_dir() else _download(source, revision, where, allow_pickle)
+    revision = revision if folder == Path(source) else folder.name  # snapshots are kept under their commit
     config = _read_config(folder / CONFIG_FILE, where)
     _check_settings(config, where)
     weights = _find_weights(folder, where, allow_pickle)
     modules = _pair_factors(_read_tensors(weights, where), config, where)
-    base_name = str(config.get("base_model_name_or_path") or "")
-    return Adapter(name, modules, source, revision, sha256_file(weights), base_name)
+    named = str(config.get("base_model_name_or_path") or "")
+    return Adapter(name, modules, source, revision, sha256_file(weights), named)
 
 
 def _download(source: str, revision: str | None, where: str, allow_pickle: bool) -> Path:

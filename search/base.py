@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from search.dummy import architecture, is_dummy, make_model, make_tokenizer
 from search.errors import InputError
 from search.files import sha256_file
 
@@ -53,6 +54,9 @@ def load_base(
     """
     chosen_device = choose_device(device)
     chosen_dtype = choose_dtype(dtype, chosen_device)
+    if is_dummy(source):
+        model = make_model(source, chosen_device, chosen_dtype).eval().requires_grad_(False)
+        return LoadedBase(model, make_tokenizer(source), source, None, None)
     tokenizer = load_tokenizer(source, revision=revision)
     folder = _fetch_folder(source, revision, _TEXT_FILES + _WEIGHT_FILES)
     _check_weights_exist(source, folder)
@@ -66,6 +70,8 @@ def load_tokenizer(source: str, *, revision: str | None = None) -> Any:
     Raises:
         InputError: if there is none, or it has no EOS token.
     """
+    if is_dummy(source):
+        return make_tokenizer(source)
     folder = _fetch_folder(source, revision, _TEXT_FILES)
     if not any(
         (folder / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
@@ -95,6 +101,8 @@ def read_context(source: str, *, revision: str | None = None) -> int | None:
     Raises:
         InputError: if there is no readable config.json.
     """
+    if is_dummy(source):
+        return architecture(source).max_position_embeddings
     config = _read_model_config(source, _fetch_folder(source, revision, _TEXT_FILES))
     return getattr(config.get_text_config(), "max_position_embeddings", None)
 
@@ -105,6 +113,10 @@ def load_shapes(source: str, *, revision: str | None = None) -> nn.Module:
     Raises:
         InputError: if there is no readable config.json of a causal language model, or a folder lacks weights.
     """
+    if is_dummy(source):
+        with torch.device("meta"):
+            shapes: nn.Module = AutoModelForCausalLM.from_config(architecture(source))  # type: ignore[no-untyped-call]
+        return shapes
     folder = _fetch_folder(source, revision, _TEXT_FILES)
     config = _read_model_config(source, folder)
     if Path(source).is_dir():  # the hub's weights are not fetched yet

@@ -12,6 +12,9 @@ from pydantic import ValidationInfo
 
 from search.errors import InputError
 
+DUMMY = "dummy:"
+"""What a source of random weights, which lie nowhere, starts with (search/dummy.py)."""
+
 
 def locate_source(source: str, roots: Sequence[Path] = (Path(),)) -> str:
     """Return the first existing folder `root / source`, or the source itself where it can only be a hub id.
@@ -19,6 +22,8 @@ def locate_source(source: str, roots: Sequence[Path] = (Path(),)) -> str:
     Raises:
         InputError: when it is neither; a name such as "data/zo" beside a folder "data" is a mistyped path.
     """
+    if source.startswith(DUMMY):
+        return source
     written = Path(os.path.expanduser(source))
     for root in roots:
         if source.strip() and os.path.isdir(root / written):

@@ -54,6 +54,7 @@ def make_steering(prior=None, bounds=FREE):
         unseen=SumEvaluator(),
         budget=None,
         weak=(),
+        reasons=(),
         references=references,
         reference_scores=Scores(losses, np.stack([losses, losses], -1), 0, None),
         searched_candidate_s=1.0,

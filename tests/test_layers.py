@@ -22,11 +22,12 @@ LAYERS = (
         "workspace",
     },
     {"files", "locate", "objective", "sampling", "skeleton", "space", "trace", "yaml_input"},
+    {"dummy"},
     {"adapters", "archive", "base", "finalists", "gradient", "movement", "optimizer", "plugin", "priors"}
     | {"racing", "report", "settings", "tables"},
     {"config", "figures", "figures_genomes", "finding", "loop", "prior_learning", "recorded", "stack"},
     {"balance", "forecast", "merge", "parts", "population", "progress", "resume", "stages", "summary"},
-    {"compress", "delivery", "diagnosis", "drafts", "planning"},
+    {"compress", "delivery", "diagnosis", "drafts", "planning", "trust"},
     {"diagnosis_text", "export", "prompts"},
     {"experts"},
     {"evaluate"},
@@ -42,7 +43,7 @@ TORCH_FREE = {
     *("files", "finalists", "finding", "forecast", "gradient", "groups", "interruption", "locate", "loop"),
     *("movement", "optimizer", "picture", "planning", "prior_learning", "priors", "profiles", "progress"),
     *("provenance", "racing", "report", "resume", "settings", "skeleton", "space", "stages", "summary"),
-    *("tables", "timebox", "trace", "transforms", "workspace", "yaml_input"),
+    *("tables", "timebox", "trace", "transforms", "trust", "workspace", "yaml_input"),
 }
 ONLY_IN = {
     "nevergrad": {"optimizer"},
