@@ -3,17 +3,16 @@
 Knows stacks, groups and modules by name; not prompts, losses or candidates.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from search.groups import Groups
 from search.stack import StackedFactors, StackedModule, at_least_float32, delta_weight, mix_hidden
-
-Hook = Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor | None]
 
 
 @contextmanager
@@ -46,41 +45,76 @@ def population(
     if unknown:
         raise ValueError(f"module {unknown[0]!r} of the adapters is missing in the model or in the groups")
     with ExitStack() as undo:
-        for name, hook in _make_hooks(stacked, coefficients, groups).items():
-            undo.callback(layers[name].register_forward_hook(hook).remove)
+        for name, mixed in _mix_layers(layers, stacked, coefficients, groups).items():
+            parent, _, attribute = name.rpartition(".")
+            undo.callback(setattr, layers[parent], attribute, layers[name])
+            setattr(layers[parent], attribute, mixed)
         yield model
 
 
-def _make_hooks(stacked: StackedFactors, coefficients: Tensor, groups: Groups) -> dict[str, Hook]:
-    """One forward hook a module; in a group that is all zeros it only checks the rows."""
+def _mix_layers(
+    layers: dict[str, nn.Module], stacked: StackedFactors, coefficients: Tensor, groups: Groups
+) -> dict[str, "MixedLinear"]:
+    """Wrap each touched layer; the coefficients go to the device at once, and to one tensor a group."""
+    first = next(iter(stacked.modules.values()))
+    wide = coefficients.to(first.A.device, at_least_float32(first.A.dtype))
+    of_group = [wide[:, group].contiguous() for group in range(len(groups.names))]
     idle = (~(coefficients != 0).any(dim=2).any(dim=0)).tolist()  # (n_groups,)
-    hooks = {}
+    mixed = {}
     for name, module in stacked.modules.items():
         group = groups.group_of[name]
-        wide = coefficients[:, group].to(module.A.device, at_least_float32(module.A.dtype))
-        c = wide[:, module.owner]  # (n_rows, total_rank)
-        hooks[name] = _make_hook(name, module, c, idle[group] and not coefficients.requires_grad)
-    return hooks
+        skip = idle[group] and not coefficients.requires_grad
+        mixed[name] = MixedLinear(name, layers[name], module, of_group[group], idle=skip)
+    return mixed
 
 
-def _make_hook(name: str, module: StackedModule, c: Tensor, idle: bool) -> Hook:
-    n_rows = c.shape[0]
+@torch.library.custom_op("concord::add_product_", mutates_args={"output"})
+def _add_product_(output: Tensor, hidden: Tensor, B: Tensor) -> None:
+    """Add hidden (..., total_rank) @ B.T to output (..., d_out) in place; B is (d_out, total_rank).
 
-    def add_delta(layer: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor | None:
-        x = inputs[0]  # (n_rows, n_tokens, d_in)
+    One operation to a compiler, which would copy what `addmm_` adds to.
+    """
+    output.view(-1, output.shape[-1]).addmm_(hidden.view(-1, hidden.shape[-1]), B.T)
+
+
+class MixedLinear(nn.Module):
+    """A linear layer whose output W x gains B (c * (A x)), with a c of its own for each row of the batch."""
+
+    def __init__(
+        self, name: str, layer: nn.Module, module: StackedModule, coefficients: Tensor, *, idle: bool
+    ) -> None:
+        """Wrap; nothing is copied.
+
+        Args:
+            name: for errors.
+            layer: Linear or Conv1D.
+            module: its stack.
+            coefficients: (n_rows, n_adapters), on the stack's device, in float32 at least.
+            idle: all are zero, so that an uncompiled pass may skip the product.
+        """
+        super().__init__()
+        self.name, self.layer, self.module = name, layer, module
+        self.coefficients, self.idle = coefficients, idle
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map x (n_rows, n_tokens, d_in) to (n_rows, n_tokens, d_out)."""
+        n_rows = self.coefficients.shape[0]
         if x.ndim != 3 or x.shape[0] != n_rows:
             raise ValueError(
-                f"{name}: input of shape {tuple(x.shape)}, expected (n_rows, n_tokens, d_in) "
+                f"{self.name}: input of shape {tuple(x.shape)}, expected (n_rows, n_tokens, d_in) "
                 f"with n_rows = {n_rows}: one row of the batch for each row of the coefficients"
             )
-        if not idle:
-            hidden = mix_hidden(x, module, c).flatten(0, 1)
-            output.view(-1, output.shape[-1]).addmm_(
-                hidden, module.B.T
-            )  # in place: no second copy of the output
-        return None
-
-    return add_delta
+        output: Tensor = self.layer(x)
+        compiling = torch.compiler.is_compiling()
+        if not compiling and self.idle:
+            return output
+        c = self.coefficients[:, self.module.owner]  # (n_rows, total_rank)
+        hidden = mix_hidden(x, self.module, c)
+        if compiling and not torch.is_grad_enabled():
+            _add_product_(output, hidden, self.module.B)
+        else:  # in place: no second copy of the output
+            output.view(-1, output.shape[-1]).addmm_(hidden.flatten(0, 1), self.module.B.T)
+        return output
 
 
 def folded_weights(model: nn.Module, updates: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:

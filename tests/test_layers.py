@@ -12,6 +12,7 @@ LAYERS = (
     {"errors"},
     {
         "card",
+        "compiled",
         "groups",
         "interruption",
         "picture",

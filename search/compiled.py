@@ -1,0 +1,124 @@
+"""Compile a model's decoder layers, and the few shapes of a batch that this takes.
+
+Knows models, lengths and the compiler; not adapters, prompts or losses. Off unless asked for: a shape costs
+seconds to compile, which pays from about 50 forward passes on, and on a CPU hardly ever.
+"""
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+FEWEST_FORWARDS = 50
+"""Below that many forward passes, compiling costs more than it saves."""
+MOST_WIDTHS, PARTS = 3, 4
+"""A batch has one of so many widths, and of so many numbers of rows for each."""
+_ALIGNED = 8  # tokens; widths are multiples of it
+_RECOMPILE_LIMIT = 128  # the default, 8, counts shapes, with and without gradients, of all models together
+
+
+def compiling_pays(device: torch.device, n_forwards: float) -> bool:
+    """Say whether so many forward passes are worth compiling for."""
+    return device.type == "cuda" and n_forwards >= FEWEST_FORWARDS
+
+
+class Compiled:
+    """A function compiled at its first call; where no compiler works, the function itself, and one notice."""
+
+    def __init__(self, function: Callable[..., Any], *, dynamic: bool = False) -> None:
+        """Prepare; `dynamic` compiles once for all shapes, else once for each."""
+        self._function = function
+        self._compiled: Callable[..., Any] | None = torch.compile(function, dynamic=dynamic)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call.
+
+        Raises:
+            torch.OutOfMemoryError: as the function does; its other errors come from the function itself.
+        """
+        if self._compiled is not None:
+            try:
+                with torch._dynamo.config.patch(recompile_limit=_RECOMPILE_LIMIT):
+                    return self._compiled(*args, **kwargs)
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:  # torch's errors of compilers, missing ones too, all derive from it
+                result = self._function(*args, **kwargs)  # an error of the function's own is raised here
+                self._compiled = None
+                _notice(" ".join(str(error).split())[:200])
+                return result
+        return self._function(*args, **kwargs)
+
+
+@cache
+def _notice(reason: str) -> None:
+    logging.getLogger(__name__).warning("not compiled, which is slower: %s", reason)
+
+
+class CompiledLayers:
+    """The decoder layers of a model, compiled for static shapes, one graph for all layers of a kind."""
+
+    def __init__(self, model: nn.Module) -> None:
+        """Find the layers; nothing is compiled before a forward pass within `active`."""
+        self._layers = decoder_layers(model)
+        self._compiled = [Compiled(layer.forward) for layer in self._layers]
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """Within the context the model's forward passes run compiled layers; modules keep their names."""
+        with ExitStack() as undo:
+            for layer, compiled in zip(self._layers, self._compiled, strict=True):
+                undo.callback(vars(layer).pop, "forward")
+                layer.forward = compiled
+            yield
+
+
+def decoder_layers(model: Any) -> list[nn.Module]:
+    """Return the layers that a model repeats: its longest list of modules.
+
+    Raises:
+        ValueError: if it has no list of modules.
+    """
+    lists = [list(module) for module in model.modules() if isinstance(module, nn.ModuleList)]
+    if not lists:
+        raise ValueError(f"{type(model).__name__} has no list of layers to compile")
+    return max(lists, key=len)
+
+
+def choose_widths(lengths: Sequence[int], most: int = MOST_WIDTHS) -> list[int]:
+    """Return the widths, ascending, that pad rows of these lengths least: at most so many, multiples of 8.
+
+    Exact: the best split of the sorted lengths into runs, each padded to its longest.
+    """
+    sizes, counts = np.unique(-(-np.asarray(lengths) // _ALIGNED) * _ALIGNED, return_counts=True)
+    n_rows = np.concatenate([[0], np.cumsum(counts)])
+    best: list[tuple[float, list[int]]] = [(0, []), *[(np.inf, [])] * len(sizes)]
+    for _ in range(min(most, len(sizes))):  # best[end]: tokens and widths for the first `end` sizes
+        best = [best[0]] + [
+            min(
+                (
+                    best[start][0] + sizes[end] * (n_rows[end + 1] - n_rows[start]),
+                    [*best[start][1], int(sizes[end])],
+                )
+                for start in range(end + 1)
+            )
+            for end in range(len(sizes))
+        ]
+    return best[-1][1]
+
+
+def pad_to_width(length: int, widths: Sequence[int]) -> int:
+    """Return the least of the widths, ascending, that holds a row; the length itself if none does."""
+    return next((width for width in widths if width >= length), length)
+
+
+def pad_rows(n_rows: int, width: int, tokens_per_forward: int) -> int:
+    """Return how many rows a batch is padded to: a quarter, a half, three quarters or all that fit."""
+    most = max(1, tokens_per_forward // width)
+    part = -(-most // PARTS)
+    return max(n_rows, min(most, -(-n_rows // part) * part))

@@ -1,0 +1,175 @@
+"""Compiled layers against the model as it is, and the shapes that batches are padded to."""
+
+import itertools
+import logging
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from search import compiled
+from search.compiled import (
+    Compiled,
+    CompiledLayers,
+    choose_widths,
+    compiling_pays,
+    decoder_layers,
+    pad_rows,
+    pad_to_width,
+)
+from search.population import population
+from tests.test_experts import stack
+from tests.toys import N_LAYERS, make_model, random_ids
+
+GRAPHS_ALONE = {"backend": "aot_eager"}
+"""Traces, cuts and differentiates as when compiling, without a compiler's seconds."""
+
+
+@pytest.fixture
+def without_a_code_generator(monkeypatch):
+    compile_ = torch.compile
+    monkeypatch.setattr(
+        torch, "compile", lambda function, **options: compile_(function, **options, **GRAPHS_ALONE)
+    )
+
+
+@pytest.fixture
+def broken_compiler(monkeypatch):
+    def fail(graph, inputs):
+        raise RuntimeError("no compiler here\nwith details")
+
+    compile_ = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, **_: compile_(function, backend=fail))
+    compiled._notice.cache_clear()
+
+
+def run_twice(toy_adapters, *, grad, layers_of=CompiledLayers):
+    """Logits (and the coefficients' gradient) of a population, eager and compiled; a row is all zeros."""
+    model = make_model("llama", dtype=torch.float32)
+    stacked, groups = stack(toy_adapters("llama"), dtype=torch.float32)
+    layers, ids, found = layers_of(model), random_ids(3, 8), []
+    table = torch.randn(3, len(groups.names), 3, generator=torch.Generator().manual_seed(1))
+    table[1] = 0
+    for context in (contextmanager(lambda: iter([None])), layers.active):
+        rows = table.clone().requires_grad_(grad)
+        with torch.set_grad_enabled(grad), population(model, stacked, rows, groups), context():
+            logits = model(ids, use_cache=False).logits
+        found.append((logits.detach(), torch.autograd.grad(logits.square().sum(), rows)[0] if grad else rows))
+    with torch.no_grad(), layers.active():
+        base = model(ids, use_cache=False).logits
+    return found, base
+
+
+@pytest.mark.usefixtures("without_a_code_generator")
+@pytest.mark.parametrize("grad", [False, True])
+def test_compiled_layers_give_the_eager_logits_and_gradients(grad, toy_adapters):
+    (eager, fast), base = run_twice(toy_adapters, grad=grad)
+    torch.testing.assert_close(fast, eager, rtol=1e-4, atol=1e-5)
+    assert torch.equal(fast[0][1], base[1])
+    assert (fast[0][0] - base[0]).abs().max() > 0.1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("grad", [False, True])
+def test_the_real_compiler_gives_the_eager_logits_and_gradients(grad, toy_adapters):
+    (eager, fast), base = run_twice(toy_adapters, grad=grad)
+    torch.testing.assert_close(fast, eager, rtol=1e-4, atol=1e-5)
+    assert torch.equal(fast[0][1], base[1])
+
+
+@pytest.mark.usefixtures("without_a_code_generator")
+def test_one_graph_serves_all_layers_and_new_coefficients(toy_adapters):
+    model = make_model("mistral", dtype=torch.float32)
+    stacked, groups = stack(toy_adapters("mistral"), dtype=torch.float32)
+    layers, counters = CompiledLayers(model), torch._dynamo.utils.counters
+    torch._dynamo.reset()
+    before = counters["stats"]["unique_graphs"]
+    for n_rows, seed in itertools.product((2, 3), range(3)):
+        table = torch.randn(n_rows, len(groups.names), 3) * (seed != 1)  # once all zeros
+        with torch.no_grad(), population(model, stacked, table, groups), layers.active():
+            model(random_ids(n_rows, 8, seed), use_cache=False)
+    n_kinds = 2  # of layers: the adapters touch other modules in the second
+    assert counters["stats"]["unique_graphs"] - before == 2 * n_kinds
+
+
+@pytest.mark.usefixtures("broken_compiler")
+def test_without_a_compiler_all_goes_on_with_one_notice(toy_adapters, caplog):
+    with caplog.at_level(logging.WARNING):
+        (eager, fast), _ = run_twice(toy_adapters, grad=False)
+        run_twice(toy_adapters, grad=False)
+    assert torch.equal(fast[0], eager[0])
+    own = [record.getMessage() for record in caplog.records if record.name == "search.compiled"]
+    assert len(own) == 1
+    assert own[0].startswith("not compiled, which is slower: ")
+    assert "no compiler here" in own[0]
+
+
+@pytest.mark.usefixtures("without_a_code_generator")
+def test_errors_of_the_function_and_of_memory_are_its_own():
+    def fail(error):
+        raise error
+
+    with pytest.raises(ValueError, match="wrong rows"):
+        Compiled(fail)(ValueError("wrong rows"))
+    out_of_memory = Compiled(lambda x: x)
+    out_of_memory._compiled = lambda x: fail(torch.OutOfMemoryError("full"))
+    with pytest.raises(torch.OutOfMemoryError):
+        out_of_memory(1)
+    assert out_of_memory._compiled is not None
+
+
+def raise_within(layers, model):
+    with layers.active():
+        assert all("forward" in vars(layer) for layer in decoder_layers(model))
+        raise KeyboardInterrupt
+
+
+def test_layers_are_found_and_restored(architecture, toy_model):
+    model = toy_model(architecture)
+    assert len(decoder_layers(model)) == N_LAYERS
+    with pytest.raises(KeyboardInterrupt):
+        raise_within(CompiledLayers(model), model)
+    assert not any("forward" in vars(layer) for layer in decoder_layers(model))
+
+
+def test_a_model_without_layers_is_an_error():
+    with pytest.raises(ValueError, match="Linear has no list of layers"):
+        decoder_layers(nn.Linear(2, 2))
+
+
+def padding(lengths, widths):
+    return sum(pad_to_width(length, widths) - length for length in lengths)
+
+
+@given(st.lists(st.integers(1, 60), min_size=1, max_size=12), st.integers(1, 3))
+def test_no_other_widths_pad_less(lengths, most):
+    widths = choose_widths(lengths, most)
+    assert widths == sorted(set(widths))
+    assert len(widths) <= most
+    assert all(width % 8 == 0 for width in widths)
+    every = range(8, max(widths) + 8, 8)
+    others = itertools.combinations(every, min(most, len(every)))
+    fitting = [padding(lengths, other) for other in others if other[-1] >= max(lengths)]
+    assert padding(lengths, widths) == min(fitting)
+
+
+@given(st.integers(1, 300), st.integers(1, 600), st.integers(1, 9000))
+def test_rows_are_padded_to_four_numbers_that_hold_them(n_rows, width, tokens):
+    most = max(1, tokens // width)
+    padded = pad_rows(min(n_rows, most), width, tokens)
+    assert min(n_rows, most) <= padded <= most
+    assert len({pad_rows(n, width, tokens) for n in range(1, most + 1)}) <= 4
+
+
+def test_a_row_longer_than_all_widths_keeps_its_length():
+    assert [pad_to_width(length, [8, 24]) for length in (3, 8, 9, 24, 25)] == [8, 8, 24, 24, 25]
+
+
+def test_a_few_forward_passes_and_a_cpu_are_not_worth_it():
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    assert [compiling_pays(gpu, n) for n in (49, 50, np.inf)] == [False, True, True]
+    assert not compiling_pays(cpu, np.inf)
