@@ -35,6 +35,11 @@ class Compiled:
         self._function = function
         self._compiled: Callable[..., Any] | None = torch.compile(function, dynamic=dynamic)
 
+    @property
+    def works(self) -> bool:
+        """False once compiling failed."""
+        return self._compiled is not None
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call.
 
@@ -67,6 +72,11 @@ class CompiledLayers:
         """Find the layers; nothing is compiled before a forward pass within `active`."""
         self._layers = decoder_layers(model)
         self._compiled = [Compiled(layer.forward) for layer in self._layers]
+
+    @property
+    def works(self) -> bool:
+        """False once compiling failed."""
+        return all(compiled.works for compiled in self._compiled)
 
     @contextmanager
     def active(self) -> Iterator[None]:

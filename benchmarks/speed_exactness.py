@@ -1,0 +1,55 @@
+"""How exact a population is: its rounding against the base's own, and float32 against a dense merge.
+
+Knows models and stacks; not time.
+"""
+
+import copy
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.speed_rivals import DenseMerge
+from benchmarks.speed_scene import Sizes, draw_coefficients, in_float32
+from search.groups import Groups
+from search.population import population
+from search.stack import StackedFactors
+
+_N_ROWS = 4
+
+
+@torch.no_grad()
+def measure_exactness(model: Any, stacked: StackedFactors, groups: Groups, sizes: Sizes) -> dict[str, Any]:
+    """Return root mean square errors of the logits, relative to those of float32.
+
+    The reference has the same weights and factors, widened: `error` over `base_error` says what the mixture
+    adds to the rounding that the model's type costs anyway, `float32_error` how far float32 is from a merge
+    whose weights were added up densely. Needs memory for a float32 copy of the model.
+    """
+    gen = torch.Generator().manual_seed(9)
+    ids = torch.randint(3, sizes.n_vocab, (_N_ROWS, sizes.n_tokens), generator=gen).to(model.device)
+    table = draw_coefficients(sizes, 1, len(groups.names)).expand(_N_ROWS, -1, -1)
+
+    def logits(of: Any, mixed: StackedFactors | None = None) -> Tensor:
+        with population(of, mixed, table, groups) if mixed else nullcontext():
+            found: Tensor = of(ids, use_cache=False).logits.float()
+        return found
+
+    ours, base = logits(model, stacked), logits(model)
+    wide_model, wide = copy.deepcopy(model).float(), in_float32(stacked)
+    exact, exact_base = logits(wide_model, wide), logits(wide_model)
+    with DenseMerge(wide_model, wide, groups).merged(table[0].to(model.device)):
+        merged = logits(wide_model)
+    error, base_error = _relative(ours, exact), _relative(base, exact_base)
+    return {
+        "dtype": str(sizes.dtype).removeprefix("torch."),
+        "error": error,
+        "base_error": base_error,
+        "error_over_base": error / base_error if base_error else None,
+        "float32_error": _relative(exact, merged),
+    }
+
+
+def _relative(found: Tensor, expected: Tensor) -> float:
+    return ((found - expected).square().mean() / expected.square().mean()).sqrt().item()
