@@ -5,6 +5,7 @@ Knows stacks, groups and modules by name; not prompts, losses or candidates.
 
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -40,32 +41,38 @@ def population(
             f"coefficients have shape {tuple(coefficients.shape)}, expected (n_rows, n_groups, n_adapters) = "
             f"(n_rows, {expected[0]}, {expected[1]})"
         )
-    layers = dict(model.named_modules())
-    unknown = [name for name in stacked.modules if name not in layers or name not in groups.group_of]
+    unknown = [name for name in stacked.modules if name not in groups.group_of]
     if unknown:
-        raise ValueError(f"module {unknown[0]!r} of the adapters is missing in the model or in the groups")
+        raise ValueError(f"module {unknown[0]!r} of the adapters is missing in the groups")
+    layers = {name: _find_layer(model, name) for name in stacked.modules}
+    of_group = _split_groups(stacked, coefficients)
     with ExitStack() as undo:
-        for name, mixed in _mix_layers(layers, stacked, coefficients, groups).items():
-            parent, _, attribute = name.rpartition(".")
-            undo.callback(setattr, layers[parent], attribute, layers[name])
-            setattr(layers[parent], attribute, mixed)
+        for name, (parent, attribute, layer) in layers.items():
+            mixed = MixedLinear(name, layer, stacked.modules[name], *of_group[groups.group_of[name]])
+            undo.callback(setattr, parent, attribute, layer)
+            setattr(parent, attribute, mixed)
         yield model
 
 
-def _mix_layers(
-    layers: dict[str, nn.Module], stacked: StackedFactors, coefficients: Tensor, groups: Groups
-) -> dict[str, "MixedLinear"]:
-    """Wrap each touched layer; the coefficients go to the device at once, and to one tensor a group."""
+def _find_layer(model: nn.Module, name: str) -> tuple[nn.Module, str, nn.Module]:
+    """Return the module that holds a layer, as which attribute, and the layer; faster than get_submodule."""
+    above, _, attribute = name.rpartition(".")
+    try:
+        parent = attrgetter(above)(model) if above else model
+        return parent, attribute, getattr(parent, attribute)
+    except AttributeError as error:
+        raise ValueError(f"module {name!r} of the adapters is missing in the model") from error
+
+
+def _split_groups(stacked: StackedFactors, coefficients: Tensor) -> list[tuple[Tensor, bool]]:
+    """Return each group's coefficients (n_rows, n_adapters) on the device, and whether all are zero."""
     first = next(iter(stacked.modules.values()))
-    wide = coefficients.to(first.A.device, at_least_float32(first.A.dtype))
-    of_group = [wide[:, group].contiguous() for group in range(len(groups.names))]
     idle = (~(coefficients != 0).any(dim=2).any(dim=0)).tolist()  # (n_groups,)
-    mixed = {}
-    for name, module in stacked.modules.items():
-        group = groups.group_of[name]
-        skip = idle[group] and not coefficients.requires_grad
-        mixed[name] = MixedLinear(name, layers[name], module, of_group[group], idle=skip)
-    return mixed
+    wide = coefficients.to(first.A.device, at_least_float32(first.A.dtype))
+    return [
+        (wide[:, group].contiguous(), flag and not coefficients.requires_grad)
+        for group, flag in enumerate(idle)
+    ]
 
 
 @torch.library.custom_op("concord::add_product_", mutates_args={"output"})
@@ -81,7 +88,7 @@ class MixedLinear(nn.Module):
     """A linear layer whose output W x gains B (c * (A x)), with a c of its own for each row of the batch."""
 
     def __init__(
-        self, name: str, layer: nn.Module, module: StackedModule, coefficients: Tensor, *, idle: bool
+        self, name: str, layer: nn.Module, module: StackedModule, coefficients: Tensor, idle: bool
     ) -> None:
         """Wrap; nothing is copied.
 
