@@ -117,7 +117,7 @@ class Yardstick:
             logits = functional_call(self._model, weights, (), inputs, tie_weights=False).logits
             scored = logits[batch.row_of, batch.column_of]  # (n_scored, n_vocab)
             logp = scored.to(at_least_float32(scored.dtype)).log_softmax(-1)
-            target, tokens = signals.logp[batch.at], signals.next_tokens[batch.at]
+            target, tokens = signals.logp(batch.at), signals.next_tokens[batch.at]
             values = torch.stack([disagreement(name, logp, target, tokens) for name in objectives])
             if found is None:
                 found = values.new_empty(len(objectives), len(signals.next_tokens))

@@ -14,17 +14,20 @@ import numpy as np
 import torch
 from torch import nn
 
-FEWEST_FORWARDS = 50
-"""Below that many forward passes, compiling costs more than it saves."""
-MOST_WIDTHS, PARTS = 3, 4
-"""A batch has one of so many widths, and of so many numbers of rows for each."""
+FEWEST_FORWARDS, FEWEST_PARAMETERS = 50, 500_000_000
+"""With fewer forward passes, or for a smaller model, compiling costs more than it saves."""
+MOST_WIDTHS = 3
+"""A batch has one of so many widths, and one of two numbers of rows for each."""
 _ALIGNED = 8  # tokens; widths are multiples of it
 _RECOMPILE_LIMIT = 128  # the default, 8, counts shapes, with and without gradients, of all models together
 
 
-def compiling_pays(device: torch.device, n_forwards: float) -> bool:
-    """Say whether so many forward passes are worth compiling for."""
-    return device.type == "cuda" and n_forwards >= FEWEST_FORWARDS
+def compiling_pays(model: Any, n_forwards: float) -> bool:
+    """Say whether so many forward passes are worth compiling for: on a GPU, and for a model of some size."""
+    if model.device.type != "cuda" or n_forwards < FEWEST_FORWARDS:
+        return False
+    n_parameters: int = sum(parameter.numel() for parameter in model.parameters())
+    return n_parameters >= FEWEST_PARAMETERS
 
 
 class Compiled:
@@ -122,13 +125,12 @@ def choose_widths(lengths: Sequence[int], most: int = MOST_WIDTHS) -> list[int]:
     return best[-1][1]
 
 
-def pad_to_width(length: int, widths: Sequence[int]) -> int:
-    """Return the least of the widths, ascending, that holds a row; the length itself if none does."""
-    return next((width for width in widths if width >= length), length)
+def pad_to(size: int, sizes: Sequence[int]) -> int:
+    """Return the least of the sizes, ascending, that holds this one; itself if none does."""
+    return next((larger for larger in sizes if larger >= size), size)
 
 
-def pad_rows(n_rows: int, width: int, tokens_per_forward: int) -> int:
-    """Return how many rows a batch is padded to: a quarter, a half, three quarters or all that fit."""
+def row_sizes(width: int, tokens_per_forward: int) -> list[int]:
+    """Return the numbers of rows, ascending, that batches of a width are padded to: half or all that fit."""
     most = max(1, tokens_per_forward // width)
-    part = -(-most // PARTS)
-    return max(n_rows, min(most, -(-n_rows // part) * part))
+    return sorted({-(-most // 2), most})

@@ -14,25 +14,28 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
+from search.compiled import compiling_pays
 from search.errors import InputError
-from search.experts import ExpertSignals, TokenBudget, default_token_budget, scored_logp
+from search.experts import ExpertSignals, TokenBudget, default_token_budget
 from search.groups import Groups
 from search.loop import Scores
 from search.objective import (
     Objective,
     combine_experts,
-    disagreement,
     normalise,
     objective_label,
     sum_by_index,
 )
-from search.population import folded_weights, mixed_weights, population
+from search.passes import Passes
+from search.population import folded_weights, mixed_weights, send
 from search.prompts import PromptSet
 from search.racing import BlockScores
 from search.space import FloatArray
 from search.stack import StackedFactors
 
-_LogpOf = Callable[[list[int], list[int]], Tensor]  # (candidates, prompts), row by row -> (n_scored, n_vocab)
+_LogitsOf = Callable[
+    [list[int], list[int]], Tensor
+]  # (candidates, prompts), row by row -> (n_scored, n_vocab)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,6 +48,9 @@ class Scoring:
     """The least that the base's value, which an expert's is divided by, counts for."""
     tokens_per_forward: int | None = None
     """Chosen by device when None."""
+    compiled: bool | None = None
+    """Compile decoder layers and objective; None does where `n_ahead` candidates are worth it."""
+    n_ahead: int = 0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -92,15 +98,18 @@ class PopulationEvaluator:
         tokens_per_forward = scoring.tokens_per_forward or default_token_budget(model.device)
         self._budget = budget or TokenBudget(tokens_per_forward)
         self._graph_budget = replace(self._budget)  # a graph takes more memory; same list of events
-        n_scored = [len(scored) for scored in prompts.scored]
-        positions = torch.arange(len(signals.next_tokens), device=model.device)
-        self._positions_of = torch.split(positions, n_scored)  # one tensor a prompt
-        self._n_scored, self._expert = torch.tensor(n_scored).double(), torch.from_numpy(prompts.expert)
+        n_scored = torch.tensor([len(scored) for scored in prompts.scored])
+        self._n_scored, self._expert = n_scored.double(), torch.from_numpy(prompts.expert)
         self._block_of, self.n_blocks = _assign_blocks(prompts)
         self._counts = sum_by_index(self._n_scored, self._expert, prompts.n_experts)
         self._folds = model.device.type == "cpu" and model.dtype in (torch.float32, torch.float64)
+        n_forwards = scoring.n_ahead * prompts.n_tokens / tokens_per_forward
+        pays = compiling_pays(model, n_forwards) if scoring.compiled is None else scoring.compiled
+        compiled = pays and not self._folds
+        self._passes = Passes(model, stacked, groups, prompts, signals, compiled=compiled)
         self.checkpoint: Callable[[], None] = lambda: None
         """Called before each forward pass and each folding; may raise to abandon the work."""
+        self._passes.warm_up(self._budget)
         base = self.score_blocks(np.zeros((1, len(groups.names), stacked.n_adapters)), range(self.n_blocks))
         self.base_per_expert: FloatArray = base.sums[0] / base.counts
         """(n_experts,) the base's disagreement, in the objective's own unit."""
@@ -148,8 +157,8 @@ class PopulationEvaluator:
     def score_updates(self, updates: Mapping[str, Tensor]) -> Scores:
         """Score one merge on all prompts, given as updates (d_out, d_in) of modules: it may be no mixture."""
         sums = torch.empty(1, len(self._expert), device=self._model.device, dtype=torch.float64)
-        folded_logp = partial(self._folded_logp, folded_weights(self._model, updates.items()))
-        self._fill(sums, self._scoring.objective, range(len(self._expert)), folded_logp)
+        logits_of = partial(self._folded, folded_weights(self._model, updates.items()))
+        self._fill(sums, self._scoring.objective, range(len(self._expert)), logits_of)
         per_expert = sum_by_index(sums, self._expert, self._prompts.n_experts).numpy()
         n_tokens, peak_bytes = self._prompts.n_tokens, _peak_bytes(self._model.device)
         return Scores(*self.combine(per_expert, self._counts.numpy()), n_tokens, peak_bytes)
@@ -175,7 +184,7 @@ class PopulationEvaluator:
             torch.OutOfMemoryError: if one prompt's graph does not fit.
         """
         mixture = torch.tensor(coefficients, dtype=torch.float64, requires_grad=True)
-        lengths = [len(ids) for ids in self._prompts.ids]
+        lengths = self._passes.lengths
         gradient, sums = torch.zeros(mixture.shape, dtype=torch.float64), torch.zeros(0)  # sums: none known
         n_tokens = 0
 
@@ -209,10 +218,8 @@ class PopulationEvaluator:
     def _sums_with_graph(self, mixture: Tensor, prompts: list[int]) -> Tensor:
         """Sum the objective over each expert's positions in some prompts, (n_experts,), differentiably."""
         self.checkpoint()
-        rows = mixture.expand(len(prompts), -1, -1)
-        with population(self._model, self._stacked, rows, self._groups):
-            logp = scored_logp(self._model, self._prompts, prompts)
-        sums = self._row_sums(self._scoring.objective, logp, prompts)
+        logits = self._passes.mixed(mixture.expand(len(prompts), -1, -1), prompts)
+        sums = self._row_sums(self._scoring.objective, logits, prompts)
         if not sums.requires_grad:
             raise InputError(
                 f"objective.name: {objective_label(self._scoring.objective)} has no gradient, which gradient "
@@ -226,44 +233,39 @@ class PopulationEvaluator:
         model, table = self._model, torch.tensor(coefficients, dtype=torch.float64)
         sums = torch.empty(len(table), len(prompts), device=model.device, dtype=torch.float64)
         if not self._folds:
-            self._fill(sums, objective, prompts, partial(self._mixed_logp, table))
+            self._fill(sums, objective, prompts, partial(self._mixed, table))
             return sums.cpu()
         for candidate, mixture in enumerate(table.to(model.dtype)):
             self.checkpoint()
             weights = mixed_weights(model, self._stacked, mixture, self._groups)
-            folded_logp = partial(self._folded_logp, weights)
-            self._fill(sums[candidate : candidate + 1], objective, prompts, folded_logp)
+            logits_of = partial(self._folded, weights)
+            self._fill(sums[candidate : candidate + 1], objective, prompts, logits_of)
         return sums
 
-    def _mixed_logp(self, table: Tensor, candidates: list[int], prompts: list[int]) -> Tensor:
-        with population(self._model, self._stacked, table[candidates], self._groups):
-            return scored_logp(self._model, self._prompts, prompts)
+    def _mixed(self, table: Tensor, candidates: list[int], prompts: list[int]) -> Tensor:
+        return self._passes.mixed(table[candidates], prompts, self._budget.tokens_per_forward)
 
-    def _folded_logp(self, weights: dict[str, Tensor], candidates: list[int], prompts: list[int]) -> Tensor:
-        return scored_logp(self._model, self._prompts, prompts, weights)
+    def _folded(self, weights: dict[str, Tensor], candidates: list[int], prompts: list[int]) -> Tensor:
+        return self._passes.folded(weights, prompts)
 
-    def _fill(self, sums: Tensor, objective: Objective, prompts: Sequence[int], logp_of: _LogpOf) -> None:
+    def _fill(self, sums: Tensor, objective: Objective, prompts: Sequence[int], logits_of: _LogitsOf) -> None:
         """Compute sums (n_candidates, n_prompts); candidate c on p-th prompt is row p * n_candidates + c."""
         n_candidates = len(sums)
-        lengths = [len(self._prompts.ids[prompt]) for prompt in prompts for _ in range(n_candidates)]
+        lengths = [self._passes.lengths[prompt] for prompt in prompts for _ in range(n_candidates)]
 
         def step(rows: list[int]) -> None:
             candidates, columns = [row % n_candidates for row in rows], [row // n_candidates for row in rows]
             own = [prompts[column] for column in columns]
             self.checkpoint()
-            sums[candidates, columns] = self._row_sums(objective, logp_of(candidates, own), own)
+            found = self._row_sums(objective, logits_of(candidates, own), own)
+            places = send(torch.tensor([candidates, columns]), sums.device)
+            sums[places[0], places[1]] = found
 
         self._budget.run(lengths, step)
 
-    def _row_sums(self, objective: Objective, logp: Tensor, prompts: list[int]) -> Tensor:
-        """Sum an objective over the scored positions of each row: (n_rows,), float64.
-
-        One sum a row: a scattered sum on a GPU is not reproducible, and a product lets one NaN spoil all.
-        """
-        signals, at = self._signals, torch.cat([self._positions_of[prompt] for prompt in prompts])
-        values = disagreement(objective, logp, signals.logp[at], signals.next_tokens[at]).double()
-        counts = [len(self._positions_of[prompt]) for prompt in prompts]
-        return torch.stack([own.sum() for own in torch.split(values, counts)])
+    def _row_sums(self, objective: Objective, logits: Tensor, prompts: list[int]) -> Tensor:
+        """Sum an objective over the scored positions of each row: (n_rows,), float64."""
+        return self._passes.sums(objective, logits, prompts)
 
 
 def _assign_blocks(prompts: PromptSet) -> tuple[NDArray[np.int64], int]:

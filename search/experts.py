@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import functional_call
 
 from search.groups import Groups
 from search.objective import disagreement, entropy, sum_by_index
-from search.population import population
+from search.population import population, send
 from search.prompts import PromptSet
 from search.stack import StackedFactors, at_least_float32
 
@@ -25,8 +25,11 @@ from search.stack import StackedFactors, at_least_float32
 class ExpertSignals:
     """The target at every scored position, prompt after prompt; tensors on the model's device."""
 
-    logp: Tensor
-    """(n_scored, n_vocab) the expert's log-probabilities of the next token, in float32 at least."""
+    logits: Tensor
+    """(n_scored, n_vocab) what the expert says of the next token, exactly, in the model's type.
+
+    In float32 or wider its log-probabilities, which are logits too; below that its logits as they came.
+    """
     next_tokens: Tensor
     """(n_scored,) the token that the prompt goes on with."""
     peak_kl: NDArray[np.float64]
@@ -37,6 +40,10 @@ class ExpertSignals:
     entropy_ratio: NDArray[np.float64]
     """(n_experts,) the expert's mean entropy over the base's, at scored positions: far below 1 where
     an expert is at home, about 1 where it knows no better than the base."""
+
+    def logp(self, at: Tensor) -> Tensor:
+        """Return the expert's log-probabilities (n, n_vocab) at positions `at`, in float32 at least."""
+        return widened_logp(self.logits[at])
 
 
 @dataclass(slots=True)
@@ -89,33 +96,69 @@ def default_token_budget(device: torch.device) -> int:
     return 8192 if device.type == "cuda" else 1024
 
 
-def scored_logp(
-    model: Any, prompts: PromptSet, rows: Sequence[int], weights: dict[str, Tensor] | None = None
+def scored_logits(
+    model: Any,
+    prompts: PromptSet,
+    rows: Sequence[int],
+    weights: dict[str, Tensor] | None = None,
+    shape: tuple[int, int] | None = None,
 ) -> Tensor:
-    """Log-probabilities (n_scored, n_vocab) at the scored positions of the prompts `rows`, row after row.
+    """Logits (n_scored, n_vocab) at the scored positions of the prompts `rows`, row after row.
 
-    Rows are padded on the right, which nothing before can see. Only columns that some row scores pass through
-    the output layer. Softmax in float32 at least.
+    Rows are padded on the right, which nothing before can see. Only scored positions pass through the output
+    layer, unless that is adapted itself: then all columns that some row scores do.
 
     Args:
         weights: parameters, by name, to use in place of the model's own.
+        shape: (n_rows, n_tokens) to pad to; as little as can be when None.
     """
-    longest = max(len(prompts.ids[row]) for row in rows)
-    ids = torch.tensor([[*prompts.ids[row], *[0] * (longest - len(prompts.ids[row]))] for row in rows])
+    n_rows, n_tokens = shape or (len(rows), max(len(prompts.ids[row]) for row in rows))
+    ids = torch.zeros(n_rows, n_tokens, dtype=torch.int64)
+    for place, row in enumerate(rows):
+        ids[place, : len(prompts.ids[row])] = torch.tensor(prompts.ids[row])
     positions = torch.tensor([position for row in rows for position in prompts.scored[row]])
     columns, column_of = torch.unique(positions, return_inverse=True)
+    row_of = torch.repeat_interleave(torch.tensor([len(prompts.scored[row]) for row in rows]))
+    places = send(row_of, model.device), send(column_of, model.device)
     inputs = {
-        "input_ids": ids.to(model.device),
-        "logits_to_keep": columns.to(model.device),
+        "input_ids": send(ids, model.device),
+        "logits_to_keep": send(columns, model.device),
         "use_cache": False,
     }
+    head = model.get_output_embeddings()
+    if not isinstance(head, nn.Linear):
+        return _logits_of(model, inputs, weights)[places]
+    hook = head.register_forward_pre_hook(lambda _, args: (args[0][places][None],))
+    try:
+        return _logits_of(model, inputs, weights)[0]
+    finally:
+        hook.remove()
+
+
+def _logits_of(model: Any, inputs: dict[str, Any], weights: dict[str, Tensor] | None) -> Tensor:
     if weights is None:
-        logits = model(**inputs).logits  # (n_rows, n_columns, n_vocab)
+        logits: Tensor = model(**inputs).logits
     else:
         logits = functional_call(model, weights, (), inputs, tie_weights=False).logits
-    row_of = torch.repeat_interleave(torch.tensor([len(prompts.scored[row]) for row in rows]))
-    scored = logits[row_of.to(model.device), column_of.to(model.device)]
-    return torch.log_softmax(scored.to(at_least_float32(scored.dtype)), -1)
+    return logits
+
+
+def scored_logp(
+    model: Any, prompts: PromptSet, rows: Sequence[int], weights: dict[str, Tensor] | None = None
+) -> Tensor:
+    """Log-probabilities (n_scored, n_vocab) of `scored_logits`; softmax in float32 at least."""
+    return log_softmax(scored_logits(model, prompts, rows, weights))
+
+
+def log_softmax(logits: Tensor) -> Tensor:
+    """Log-probabilities of a model's logits, in float32 at least."""
+    return torch.log_softmax(logits.to(at_least_float32(logits.dtype)), -1)
+
+
+def widened_logp(logits: Tensor) -> Tensor:
+    """Log-probabilities (n, n_vocab), in float32 at least, of ExpertSignals.logits."""
+    is_wide = logits.dtype == at_least_float32(logits.dtype)
+    return logits if is_wide else log_softmax(logits)  # as a merge's: equal logits differ by nothing at all
 
 
 @torch.no_grad()
@@ -138,17 +181,18 @@ def expert_signals(
         for ids, scored in zip(prompts.ids, prompts.scored, strict=True)
     ]
     n_scored = [len(scored) for scored in prompts.scored]
-    logp_of: dict[int, Tensor] = {}
+    logits_of: dict[int, Tensor] = {}
     facts_of: dict[int, Tensor] = {}  # prompt -> largest KL, sums of the expert's and of the base's entropies
 
     def step(rows: list[int]) -> None:
         with population(model, stacked, one_hot[rows], groups):
-            expert_logp = scored_logp(model, prompts, rows)
-        base_logp = scored_logp(model, prompts, rows)
+            logits = scored_logits(model, prompts, rows)
+        expert_logp, base_logp = log_softmax(logits), scored_logp(model, prompts, rows)
+        exact = expert_logp if expert_logp.dtype == logits.dtype else logits
         tokens = torch.cat([next_tokens[row] for row in rows])
         kl = disagreement("forward_kl", base_logp, expert_logp, tokens)
         counts = [n_scored[row] for row in rows]
-        logp_of.update(zip(rows, torch.split(expert_logp, counts), strict=True))
+        logits_of.update(zip(rows, torch.split(exact, counts), strict=True))
         measured = torch.stack([kl, entropy(expert_logp), entropy(base_logp)])
         for row, own in zip(rows, torch.split(measured, counts, dim=1), strict=True):
             facts_of[row] = torch.stack([own[0].max(), own[1].sum(), own[2].sum()]).double()
@@ -160,5 +204,5 @@ def expert_signals(
     n_prompts = np.bincount(prompts.expert, minlength=prompts.n_experts)
     with np.errstate(divide="ignore", invalid="ignore"):  # a base without any doubt: NaN, or infinite
         entropy_ratio = sums[1] / sums[2]
-    logp = torch.cat([logp_of[row] for row in range(prompts.n_prompts)])
-    return ExpertSignals(logp, torch.cat(next_tokens), sums[0] / n_prompts, entropy_ratio)
+    logits = torch.cat([logits_of[row] for row in range(prompts.n_prompts)])
+    return ExpertSignals(logits, torch.cat(next_tokens), sums[0] / n_prompts, entropy_ratio)

@@ -54,6 +54,13 @@ def population(
         yield model
 
 
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy to a device, without waiting for what it is doing where no gradient has to come back."""
+    if device.type != "cuda" or tensor.device == device or tensor.requires_grad:
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
 def _find_layer(model: nn.Module, name: str) -> tuple[nn.Module, str, nn.Module]:
     """Return the module that holds a layer, as which attribute, and the layer; faster than get_submodule."""
     above, _, attribute = name.rpartition(".")
@@ -68,7 +75,7 @@ def _split_groups(stacked: StackedFactors, coefficients: Tensor) -> list[tuple[T
     """Return each group's coefficients (n_rows, n_adapters) on the device, and whether all are zero."""
     first = next(iter(stacked.modules.values()))
     idle = (~(coefficients != 0).any(dim=2).any(dim=0)).tolist()  # (n_groups,)
-    wide = coefficients.to(first.A.device, at_least_float32(first.A.dtype))
+    wide = send(coefficients.to(at_least_float32(first.A.dtype)), first.A.device)
     return [
         (wide[:, group].contiguous(), flag and not coefficients.requires_grad)
         for group, flag in enumerate(idle)

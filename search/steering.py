@@ -7,7 +7,7 @@ optimisers, the clock or the configuration.
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -121,9 +121,10 @@ def prepare_steering(
     tokens_per_forward = request.scoring.tokens_per_forward or default_token_budget(parts.model.device)
     budget = TokenBudget(tokens_per_forward)
     signals = [expert_signals(parts.model, parts.stacked, parts.groups, part, budget) for part in both]
+    scorings = request.scoring, replace(request.scoring, n_ahead=0)  # too few are scored on the unseen
     searched, unseen = (
-        PopulationEvaluator(parts.model, parts.stacked, parts.groups, part, own, request.scoring, budget)
-        for part, own in zip(both, signals, strict=True)
+        PopulationEvaluator(parts.model, parts.stacked, parts.groups, part, own, scoring, budget)
+        for part, own, scoring in zip(both, signals, scorings, strict=True)
     )
     _refuse_no_numbers(parts.names, searched, unseen)
     references = make_references(parts.shape[0], parts.names, request.balanced, request.prior)

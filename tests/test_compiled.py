@@ -18,8 +18,8 @@ from search.compiled import (
     choose_widths,
     compiling_pays,
     decoder_layers,
-    pad_rows,
-    pad_to_width,
+    pad_to,
+    row_sizes,
 )
 from search.population import population
 from tests.test_experts import stack
@@ -65,7 +65,7 @@ def run_twice(toy_adapters, *, grad, layers_of=CompiledLayers):
 
 
 @pytest.mark.usefixtures("without_a_code_generator")
-@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("grad", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_compiled_layers_give_the_eager_logits_and_gradients(grad, toy_adapters):
     (eager, fast), base = run_twice(toy_adapters, grad=grad)
     torch.testing.assert_close(fast, eager, rtol=1e-4, atol=1e-5)
@@ -142,7 +142,7 @@ def test_a_model_without_layers_is_an_error():
 
 
 def padding(lengths, widths):
-    return sum(pad_to_width(length, widths) - length for length in lengths)
+    return sum(pad_to(length, widths) - length for length in lengths)
 
 
 @given(st.lists(st.integers(1, 60), min_size=1, max_size=12), st.integers(1, 3))
@@ -158,18 +158,29 @@ def test_no_other_widths_pad_less(lengths, most):
 
 
 @given(st.integers(1, 300), st.integers(1, 600), st.integers(1, 9000))
-def test_rows_are_padded_to_four_numbers_that_hold_them(n_rows, width, tokens):
-    most = max(1, tokens // width)
-    padded = pad_rows(min(n_rows, most), width, tokens)
-    assert min(n_rows, most) <= padded <= most
-    assert len({pad_rows(n, width, tokens) for n in range(1, most + 1)}) <= 4
+def test_rows_are_padded_to_half_or_all_that_fit(n_rows, width, tokens):
+    sizes, most = row_sizes(width, tokens), max(1, tokens // width)
+    assert sizes[-1] == most
+    assert len(sizes) <= 2
+    padded = pad_to(min(n_rows, most), sizes)
+    assert min(n_rows, most) <= padded <= max(2 * n_rows, (most + 1) // 2)
 
 
-def test_a_row_longer_than_all_widths_keeps_its_length():
-    assert [pad_to_width(length, [8, 24]) for length in (3, 8, 9, 24, 25)] == [8, 8, 24, 24, 25]
+def test_what_is_larger_than_all_sizes_stays():
+    assert [pad_to(length, [8, 24]) for length in (3, 8, 9, 24, 25)] == [8, 8, 24, 24, 25]
 
 
-def test_a_few_forward_passes_and_a_cpu_are_not_worth_it():
-    gpu, cpu = torch.device("cuda"), torch.device("cpu")
-    assert [compiling_pays(gpu, n) for n in (49, 50, np.inf)] == [False, True, True]
-    assert not compiling_pays(cpu, np.inf)
+class Claimed(nn.Module):
+    """A model that claims a device and a size."""
+
+    def __init__(self, device, n_parameters):
+        super().__init__()
+        self.device = torch.device(device)
+        self.weight = nn.Parameter(torch.empty(n_parameters, device="meta"))
+
+
+def test_few_forward_passes_small_models_and_a_cpu_are_not_worth_it():
+    large, small, slow = Claimed("cuda", 10**9), Claimed("cuda", 10**7), Claimed("cpu", 10**9)
+    assert [compiling_pays(large, n) for n in (49, 50, np.inf)] == [False, True, True]
+    assert not compiling_pays(small, np.inf)
+    assert not compiling_pays(slow, np.inf)

@@ -524,7 +524,7 @@ def test_gradients_leave_nothing_behind_and_can_be_taken_without_grad_mode(toy_m
     with torch.no_grad():
         evaluator.gradient(coefficients)
     assert np.array_equal(coefficients, before)
-    tensors = [*model.parameters(), *model.buffers(), evaluator._signals.logp]
+    tensors = [*model.parameters(), *model.buffers(), evaluator._signals.logits]
     tensors += [tensor for module in evaluator._stacked.modules.values() for tensor in (module.A, module.B)]
     assert not any(tensor.requires_grad or tensor.is_inference() for tensor in tensors)
     assert all(tensor.grad is None and tensor.grad_fn is None for tensor in tensors)

@@ -85,7 +85,7 @@ def test_signals_are_each_prompts_own_experts(toy_model, toy_adapters, tokens_pe
         expected.append(logp)
         own = (logp.exp() * (logp - logp_alone(model, prompts, prompt))).sum(-1)
         kl[expert].append(own.max().item())
-    torch.testing.assert_close(signals.logp, torch.cat(expected))
+    torch.testing.assert_close(signals.logp(torch.arange(len(torch.cat(expected)))), torch.cat(expected))
     np.testing.assert_allclose(signals.peak_kl, [np.mean(own) for own in kl])
     assert signals.next_tokens.tolist() == [
         ids[t + 1] for ids, scored in zip(prompts.ids, prompts.scored, strict=True) for t in scored

@@ -31,6 +31,7 @@ LAYERS = (
     {"compress", "delivery", "diagnosis", "drafts", "planning", "trust"},
     {"diagnosis_text", "export", "prompts"},
     {"experts"},
+    {"passes"},
     {"evaluate"},
     {"steering"},
     {"ending", "setup"},

@@ -16,6 +16,7 @@ import torch
 from peft import PeftModel
 
 import search
+import search.passes
 from search import Trace, run_search
 from search.base import load_base
 from search.config import load_config
@@ -451,15 +452,15 @@ def run_out_of_memory(monkeypatch, call):
     """Have memory run out once, in a forward pass of several rows of the search's n-th generation."""
     armed = []
     at_scoring(monkeypatch, call, lambda: armed.append(True))
-    scored_logp = search.evaluate.scored_logp
+    scored_logits = search.passes.scored_logits
 
     def short_of_memory(model, prompts, rows, *weights):
         if armed and len(rows) > 1:
             armed.clear()
             raise torch.OutOfMemoryError("no")
-        return scored_logp(model, prompts, rows, *weights)
+        return scored_logits(model, prompts, rows, *weights)
 
-    monkeypatch.setattr("search.evaluate.scored_logp", short_of_memory)
+    monkeypatch.setattr("search.passes.scored_logits", short_of_memory)
 
 
 def test_memory_that_runs_out_in_the_search_is_recorded_and_changes_no_loss(finished, run, monkeypatch):
@@ -477,15 +478,15 @@ def test_memory_that_runs_out_in_the_search_is_recorded_and_changes_no_loss(fini
 
 
 def test_memory_that_runs_out_among_the_signals_is_recorded_there(run, monkeypatch):
-    scored_logp, calls = search.experts.scored_logp, []
+    scored_logits, calls = search.experts.scored_logits, []
 
     def short_of_memory(*arguments):
         calls.append(arguments)
         if len(calls) == 1:
             raise torch.OutOfMemoryError("no")
-        return scored_logp(*arguments)
+        return scored_logits(*arguments)
 
-    monkeypatch.setattr("search.experts.scored_logp", short_of_memory)
+    monkeypatch.setattr("search.experts.scored_logits", short_of_memory)
     _, trace, _ = run()
     assert names_of(trace)[:5] == ["prompts", "signals", "references", "out_of_memory", "search"]
     assert event(trace, "out_of_memory")["phase"] == "signals"

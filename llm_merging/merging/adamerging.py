@@ -38,7 +38,7 @@ class AdaMerging(Merges):
         """Descend until the time box or the limits end it, write the merge and fold it into the base."""
         self._load_everything()
         with prompted_search(self) as search:
-            parts, nats = search.setup.parts, math.log(search.signals.logp.shape[-1])
+            parts, nats = search.setup.parts, math.log(search.signals.logits.shape[-1])
             groups = group_modules(parts.groups.group_of, "layer")
             descent = descend_entropy(search, groups, nats)
             first, best = descent.losses[0] * nats, descent.best_loss * nats
