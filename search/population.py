@@ -73,6 +73,8 @@ def _find_layer(model: nn.Module, name: str) -> tuple[nn.Module, str, nn.Module]
 
 def _split_groups(stacked: StackedFactors, coefficients: Tensor) -> list[tuple[Tensor, bool]]:
     """Return each group's coefficients (n_rows, n_adapters) on the device, and whether all are zero."""
+    if not stacked.modules:
+        return []
     first = next(iter(stacked.modules.values()))
     idle = (~(coefficients != 0).any(dim=2).any(dim=0)).tolist()  # (n_groups,)
     wide = send(coefficients.to(at_least_float32(first.A.dtype)), first.A.device)

@@ -162,6 +162,14 @@ def test_padding_changes_nothing(padded_case: Case, side: str) -> None:
     torch.testing.assert_close(padded[1], run(case, coefficients[1:], long)[0], rtol=0, atol=atol)
 
 
+def test_adapters_that_touch_nothing_leave_the_base(llama: Case) -> None:
+    model, ids = llama[0], random_ids(2, 5)
+    nothing = StackedFactors({}, ("none",))
+    with population(model, nothing, torch.ones(2, len(llama[3].names), 1), llama[3]):
+        logits = model(ids).logits
+    assert torch.equal(logits, model(ids).logits)
+
+
 def test_groups_decide_which_layers_move(llama: Case) -> None:
     model, adapters, stacked, _ = llama
     one = group_modules(stacked.modules, "model")
