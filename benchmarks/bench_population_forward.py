@@ -31,7 +31,7 @@ from benchmarks.speed_scene import (
     draw_coefficients,
 )
 from benchmarks.timing import matrix_rate, peak_gib, time_interleaved
-from search.compiled import CompiledLayers
+from search.compiled import CompiledLayers, Compiler
 from search.groups import Groups
 from search.population import population
 from search.stack import StackedFactors
@@ -50,13 +50,14 @@ class ForwardScene:
         self.sizes, self.device = sizes, device
         self.model = build_model(sizes, device)
         self.stacked, self.groups = build_stack(self.model, sizes, Q_AND_V, rank=8)
-        self._layers = CompiledLayers(self.model) if compiled else None
+        self._compiler = Compiler() if compiled else None
+        self._layers = CompiledLayers(self.model, self._compiler) if self._compiler else None
         self._ids: dict[int, Tensor] = {}
 
     @property
     def compiled(self) -> bool:
         """Whether compiling was asked for, and works here."""
-        return self._layers is not None and self._layers.works
+        return self._compiler is not None and self._compiler.works
 
     def rows_of(self, n_tokens: int) -> int:
         """Return how many rows so many tokens are."""
@@ -181,8 +182,9 @@ def time_candidates(
     }
 
 
-def measure(sizes: Sizes, device: torch.device, arguments: argparse.Namespace) -> dict[str, Any]:
+def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """Run all parts, the timed ones before the float32 copies that exactness takes."""
+    sizes, device = TINY if arguments.tiny else MISTRAL_7B, torch.device(arguments.device)
     scene = ForwardScene(sizes, device, compiled=arguments.compile)
     dense, peft = DenseMerge(scene.model, scene.stacked, scene.groups), PeftWays(scene.model, scene.stacked)
     agreement = check_ways(scene, dense, peft)
@@ -190,7 +192,8 @@ def measure(sizes: Sizes, device: torch.device, arguments: argparse.Namespace) -
     factors = (1, 2) if not arguments.tiny else (1,)
     full = [time_full_forward(scene, factor * sizes.tokens_per_forward, repeats) for factor in factors]
     candidates = [
-        time_candidates(scene, dense, peft, n_tokens, repeats) for n_tokens in arguments.candidate_tokens
+        time_candidates(scene, dense, peft, n_tokens, repeats)
+        for n_tokens in ((32, 96) if arguments.tiny else (256, 3456))
     ]
     del dense, peft
     exactness = measure_exactness(scene.model, scene.stacked, scene.groups, sizes)
@@ -203,39 +206,41 @@ def measure(sizes: Sizes, device: torch.device, arguments: argparse.Namespace) -
     }
 
 
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.bench_population_forward", description=__doc__
-    )
+def parse(name: str, about: str | None, argv: Sequence[str] | None) -> argparse.Namespace:
+    """Read the options that both benchmarks of speed have."""
+    parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", description=about)
     parser.add_argument("--tiny", action="store_true", help="a toy model: to see that all runs")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=None)
     parser.add_argument("--repeats", type=int, default=None)
-    parser.add_argument("--candidate-tokens", nargs="+", type=int, default=None)
     parser.add_argument("--no-record", action="store_true", help="print only")
     arguments = parser.parse_args(argv)
     if arguments.compile is None:
         arguments.compile = arguments.device.startswith("cuda")
     arguments.repeats = arguments.repeats or (2 if arguments.tiny else 9)
-    arguments.candidate_tokens = arguments.candidate_tokens or ([32, 96] if arguments.tiny else [256, 3456])
     return arguments
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run, print, record; 1 if ways that are the same function differ."""
-    arguments = parse(argv)
-    device, sizes = torch.device(arguments.device), TINY if arguments.tiny else MISTRAL_7B
-    found = measure(sizes, device, arguments)
+def record(name: str, arguments: argparse.Namespace, found: dict[str, Any]) -> None:
+    """Print all parts, and the line of JSON that is appended to the results."""
     for part, values in found.items():
         for value in values if isinstance(values, list) else [values]:
             print(f"{part:24} {value}")
+    device = torch.device(arguments.device)
     card = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    line = {"benchmark": "bench_population_forward", "tiny": arguments.tiny, "device": card}
+    line = {"benchmark": name, "tiny": arguments.tiny, "device": card}
     line |= {**describe_machine(), "repeats": arguments.repeats, **found}
     print(json.dumps(line))
     if not arguments.no_record:
         with RESULTS.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run, print, record; 1 if ways that are the same function differ."""
+    arguments = parse("bench_population_forward", __doc__, argv)
+    found = measure(arguments)
+    record("bench_population_forward", arguments, found)
     return 0 if found["distance_from_population"]["agree"] else 1
 
 

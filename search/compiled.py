@@ -30,37 +30,36 @@ def compiling_pays(model: Any, n_forwards: float) -> bool:
     return n_parameters >= FEWEST_PARAMETERS
 
 
-class Compiled:
-    """A function compiled at its first call; where no compiler works, the function itself, and one notice."""
+class Compiler:
+    """Compiles functions at their first call; once that fails, all go on as they are, with one notice."""
 
-    def __init__(self, function: Callable[..., Any], *, dynamic: bool = False) -> None:
-        """Prepare; `dynamic` compiles once for all shapes, else once for each."""
-        self._function = function
-        self._compiled: Callable[..., Any] | None = torch.compile(function, dynamic=dynamic)
+    def __init__(self) -> None:
+        """Trust that compiling works."""
+        self.works = True
+        """False once it failed."""
 
-    @property
-    def works(self) -> bool:
-        """False once compiling failed."""
-        return self._compiled is not None
+    def __call__(self, function: Callable[..., Any], *, dynamic: bool = False) -> Callable[..., Any]:
+        """Return the function compiled, once for each shape, or once for all of them if `dynamic`.
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Call.
-
-        Raises:
-            torch.OutOfMemoryError: as the function does; its other errors come from the function itself.
+        Its errors are the function's own.
         """
-        if self._compiled is not None:
-            try:
-                with torch._dynamo.config.patch(recompile_limit=_RECOMPILE_LIMIT):
-                    return self._compiled(*args, **kwargs)
-            except torch.OutOfMemoryError:
-                raise
-            except RuntimeError as error:  # torch's errors of compilers, missing ones too, all derive from it
-                result = self._function(*args, **kwargs)  # an error of the function's own is raised here
-                self._compiled = None
-                _notice(" ".join(str(error).split())[:200])
-                return result
-        return self._function(*args, **kwargs)
+        compiled = torch.compile(function, dynamic=dynamic)
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            if self.works:
+                try:
+                    with torch._dynamo.config.patch(recompile_limit=_RECOMPILE_LIMIT):
+                        return compiled(*args, **kwargs)
+                except torch.OutOfMemoryError:
+                    raise
+                except RuntimeError as error:  # all that torch raises when it cannot compile is one
+                    result = function(*args, **kwargs)  # raises what is not the compiler's fault
+                    self.works = False
+                    _notice(" ".join(str(error).split())[:200])
+                    return result
+            return function(*args, **kwargs)
+
+        return run
 
 
 @cache
@@ -71,15 +70,10 @@ def _notice(reason: str) -> None:
 class CompiledLayers:
     """The decoder layers of a model, compiled for static shapes, one graph for all layers of a kind."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, compiler: Compiler) -> None:
         """Find the layers; nothing is compiled before a forward pass within `active`."""
         self._layers = decoder_layers(model)
-        self._compiled = [Compiled(layer.forward) for layer in self._layers]
-
-    @property
-    def works(self) -> bool:
-        """False once compiling failed."""
-        return all(compiled.works for compiled in self._compiled)
+        self._compiled = [compiler(layer.forward) for layer in self._layers]
 
     @contextmanager
     def active(self) -> Iterator[None]:

@@ -4,14 +4,14 @@ Knows models, populations, prompts, signals and whether to compile; not candidat
 """
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from search.compiled import Compiled, CompiledLayers, choose_widths, pad_to, row_sizes
+from search.compiled import CompiledLayers, Compiler, choose_widths, pad_to, row_sizes
 from search.experts import ExpertSignals, TokenBudget, log_softmax, scored_logits, widened_logp
 from search.groups import Groups
 from search.objective import Objective, disagreement
@@ -40,8 +40,9 @@ class Passes:
         """Choose the shapes; nothing is compiled before the first pass."""
         self._model, self._stacked, self._groups = model, stacked, groups
         self._prompts, self._signals = prompts, signals
-        self._layers = CompiledLayers(model) if compiled else None
-        self._compiled: dict[str, Compiled] = {}
+        self._compiler = Compiler() if compiled else None
+        self._layers = CompiledLayers(model, self._compiler) if self._compiler else None
+        self._objectives: dict[str, Callable[..., Tensor]] = {}  # compiled
         self._under_way: deque[torch.cuda.Event] = deque()
         lengths = [len(ids) for ids in prompts.ids]
         self.widths = choose_widths(lengths) if compiled else []
@@ -117,8 +118,10 @@ class Passes:
     def _values(self, objective: Objective, logits: Tensor, at: Tensor) -> Tensor:
         """Return what an objective says at each scored position: (n_scored,); some at a time."""
         evaluate: Any = partial(position_values, objective)
-        if self._layers is not None and isinstance(objective, str):
-            evaluate = self._compiled.setdefault(objective, Compiled(evaluate, dynamic=True))
+        if self._compiler is not None and isinstance(objective, str):
+            if objective not in self._objectives:
+                self._objectives[objective] = self._compiler(evaluate, dynamic=True)
+            evaluate = self._objectives[objective]
         signals = self._signals
         n_positions = max(1, _AT_ONCE[logits.device.type] // logits.shape[-1])
         parts = [

@@ -90,7 +90,7 @@ def _add_product_(output: Tensor, hidden: Tensor, B: Tensor) -> None:
 
     One operation to a compiler, which would copy what `addmm_` adds to.
     """
-    output.view(-1, output.shape[-1]).addmm_(hidden.view(-1, hidden.shape[-1]), B.T)
+    output.view(-1, output.shape[-1]).addmm_(hidden.reshape(-1, hidden.shape[-1]), B.T)
 
 
 class MixedLinear(nn.Module):

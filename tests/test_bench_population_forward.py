@@ -79,7 +79,7 @@ def test_functions_are_timed_in_turn():
 @pytest.mark.filterwarnings("ignore")
 def test_the_benchmark_runs_tiny_and_records_one_line(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(bench_population_forward, "RESULTS", tmp_path / "results.jsonl")
-    options = ["--tiny", "--device", "cpu", "--repeats", "1", "--candidate-tokens", "32"]
+    options = ["--tiny", "--device", "cpu", "--repeats", "1"]
     assert bench_population_forward.main(options) == 0
     (line,) = (tmp_path / "results.jsonl").read_text().splitlines()
     found = json.loads(line)

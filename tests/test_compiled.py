@@ -13,8 +13,8 @@ from torch import nn
 
 from search import compiled
 from search.compiled import (
-    Compiled,
     CompiledLayers,
+    Compiler,
     choose_widths,
     compiling_pays,
     decoder_layers,
@@ -38,20 +38,25 @@ def without_a_code_generator(monkeypatch):
 
 
 @pytest.fixture
-def broken_compiler(monkeypatch):
+def n_failures(monkeypatch):
+    """A compiler that fails, and a list with an item for each time."""
+    failures = []
+
     def fail(graph, inputs):
+        failures.append(graph)
         raise RuntimeError("no compiler here\nwith details")
 
     compile_ = torch.compile
     monkeypatch.setattr(torch, "compile", lambda function, **_: compile_(function, backend=fail))
     compiled._notice.cache_clear()
+    return failures
 
 
-def run_twice(toy_adapters, *, grad, layers_of=CompiledLayers):
+def run_twice(toy_adapters, *, grad, compiler=None):
     """Logits (and the coefficients' gradient) of a population, eager and compiled; a row is all zeros."""
     model = make_model("llama", dtype=torch.float32)
     stacked, groups = stack(toy_adapters("llama"), dtype=torch.float32)
-    layers, ids, found = layers_of(model), random_ids(3, 8), []
+    layers, ids, found = CompiledLayers(model, compiler or Compiler()), random_ids(3, 8), []
     table = torch.randn(3, len(groups.names), 3, generator=torch.Generator().manual_seed(1))
     table[1] = 0
     for context in (contextmanager(lambda: iter([None])), layers.active):
@@ -85,7 +90,7 @@ def test_the_real_compiler_gives_the_eager_logits_and_gradients(grad, toy_adapte
 def test_one_graph_serves_all_layers_and_new_coefficients(toy_adapters):
     model = make_model("mistral", dtype=torch.float32)
     stacked, groups = stack(toy_adapters("mistral"), dtype=torch.float32)
-    layers, counters = CompiledLayers(model), torch._dynamo.utils.counters
+    layers, counters = CompiledLayers(model, Compiler()), torch._dynamo.utils.counters
     torch._dynamo.reset()
     before = counters["stats"]["unique_graphs"]
     for n_rows, seed in itertools.product((2, 3), range(3)):
@@ -96,12 +101,14 @@ def test_one_graph_serves_all_layers_and_new_coefficients(toy_adapters):
     assert counters["stats"]["unique_graphs"] - before == 2 * n_kinds
 
 
-@pytest.mark.usefixtures("broken_compiler")
-def test_without_a_compiler_all_goes_on_with_one_notice(toy_adapters, caplog):
+def test_without_a_compiler_all_goes_on_with_one_notice(n_failures, toy_adapters, caplog):
+    compiler = Compiler()
     with caplog.at_level(logging.WARNING):
-        (eager, fast), _ = run_twice(toy_adapters, grad=False)
+        (eager, fast), _ = run_twice(toy_adapters, grad=False, compiler=compiler)
+        assert len(n_failures) == 1  # not once a layer
         run_twice(toy_adapters, grad=False)
     assert torch.equal(fast[0], eager[0])
+    assert not compiler.works
     own = [record.getMessage() for record in caplog.records if record.name == "search.compiled"]
     assert len(own) == 1
     assert own[0].startswith("not compiled, which is slower: ")
@@ -113,13 +120,14 @@ def test_errors_of_the_function_and_of_memory_are_its_own():
     def fail(error):
         raise error
 
+    compiler = Compiler()
     with pytest.raises(ValueError, match="wrong rows"):
-        Compiled(fail)(ValueError("wrong rows"))
-    out_of_memory = Compiled(lambda x: x)
-    out_of_memory._compiled = lambda x: fail(torch.OutOfMemoryError("full"))
+        compiler(fail)(ValueError("wrong rows"))
+    with pytest.raises(RuntimeError, match="mat1"):
+        compiler(fail)(RuntimeError("mat1"))
     with pytest.raises(torch.OutOfMemoryError):
-        out_of_memory(1)
-    assert out_of_memory._compiled is not None
+        compiler(fail)(torch.OutOfMemoryError("full"))
+    assert compiler.works
 
 
 def raise_within(layers, model):
@@ -132,7 +140,7 @@ def test_layers_are_found_and_restored(architecture, toy_model):
     model = toy_model(architecture)
     assert len(decoder_layers(model)) == N_LAYERS
     with pytest.raises(KeyboardInterrupt):
-        raise_within(CompiledLayers(model), model)
+        raise_within(CompiledLayers(model, Compiler()), model)
     assert not any("forward" in vars(layer) for layer in decoder_layers(model))
 
 

@@ -23,10 +23,10 @@ def case(toy_adapters):
     return model, stacked, groups, prompts, expert_signals(model, stacked, groups, prompts)
 
 
-def evaluate_in(dtype, toy_adapters, *, compiled, tokens=120):
+def evaluate_in(dtype, toy_adapters, *, compiled, tokens=120, device="cpu"):
     """bfloat16 is not folded on a CPU, so that it can be compiled."""
-    model, prompts = make_model("llama", dtype=dtype), make_prompts(lengths=LENGTHS)
-    stacked, groups = stack(toy_adapters("llama"), dtype=dtype)
+    model, prompts = make_model("llama", dtype=dtype).to(device), make_prompts(lengths=LENGTHS)
+    stacked, groups = stack(toy_adapters("llama"), dtype=dtype, device=device)
     signals = expert_signals(model, stacked, groups, prompts)
     scoring = Scoring(compiled=compiled, tokens_per_forward=tokens)
     return PopulationEvaluator(model, stacked, groups, prompts, signals, scoring)
@@ -42,8 +42,10 @@ def nothing_to_compile(monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
 
 
-def compare(toy_adapters, **tolerance):
-    eager, fast = (evaluate_in(torch.bfloat16, toy_adapters, compiled=flag) for flag in (False, True))
+def compare(toy_adapters, *, device="cpu", **tolerance):
+    eager, fast = (
+        evaluate_in(torch.bfloat16, toy_adapters, compiled=flag, device=device) for flag in (False, True)
+    )
     assert fast._passes.widths
     assert not eager._passes.widths
     table = random_table(eager)
@@ -60,6 +62,11 @@ def test_padded_to_few_shapes_losses_and_gradients_are_the_same(toy_adapters):
 @pytest.mark.slow
 def test_a_compiled_search_has_the_eager_losses_and_gradients(toy_adapters):
     compare(toy_adapters, rtol=0.05)
+
+
+@pytest.mark.gpu
+def test_a_compiled_search_on_a_gpu_has_the_eager_losses_and_gradients(toy_adapters):
+    compare(toy_adapters, device="cuda", rtol=0.05)
 
 
 @pytest.mark.usefixtures("nothing_to_compile")
