@@ -48,8 +48,8 @@ class Scoring:
     """The least that the base's value, which an expert's is divided by, counts for."""
     tokens_per_forward: int | None = None
     """Chosen by device when None."""
-    compiled: bool | None = None
-    """Compile decoder layers and objective; None does where `n_ahead` candidates are worth it."""
+    compiled: bool | None = False
+    """Decoder layers compiled, where that pays (None), or not: not before a GPU has measured it."""
     n_ahead: int = 0
 
 

@@ -118,8 +118,7 @@ def prepare_steering(
     """Take the experts' signals, confine weak adapters, and score the references that concern all experts."""
     started_s = time.monotonic()
     both = prompts.searched, prompts.unseen
-    tokens_per_forward = request.scoring.tokens_per_forward or default_token_budget(parts.model.device)
-    budget = TokenBudget(tokens_per_forward)
+    budget = TokenBudget(request.scoring.tokens_per_forward or default_token_budget(parts.model.device))
     signals = [expert_signals(parts.model, parts.stacked, parts.groups, part, budget) for part in both]
     scorings = request.scoring, replace(request.scoring, n_ahead=0)  # too few are scored on the unseen
     searched, unseen = (
