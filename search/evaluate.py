@@ -51,6 +51,7 @@ class Scoring:
     compiled: bool | None = False
     """Decoder layers compiled, where that pays (None), or not: not before a GPU has measured it."""
     n_ahead: int = 0
+    """Candidates that are to be scored, which what compiling costs is weighed against."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
