@@ -109,12 +109,12 @@ def test_what_is_recorded_is_not_done_again(done, tmp_path, capsys, monkeypatch)
     }
     done.clear()
     assert main(arguments(tmp_path, "--long")) == 0
-    assert {name: len(jobs) for name, jobs in done.items()} == {"write_scene_prompts": 2, "long_search": 24}
+    assert {name: len(jobs) for name, jobs in done.items()} == {"write_scene_prompts": 2, "long_search": 26}
     done.clear()
     assert main(arguments(tmp_path, "--long")) == 0
     assert done == {}
     assert main(arguments(tmp_path, "--long", "--examples", "1")) == 0
-    assert len(done["long_search"]) == 24
+    assert len(done["long_search"]) == 26
     parts = [row["part"] for row in read_rows(tmp_path / "f.jsonl")]
     assert parts[0] == "environment"
     assert parts.count("environment") == 3

@@ -25,6 +25,7 @@ from benchmarks.fidelity_scene import (
 )
 from search.evaluate import PopulationEvaluator, Scoring
 from search.experts import expert_signals
+from search.objective import OBJECTIVES
 from search.prompts import PromptRequest, write_prompts
 from tests.fidelity_toys import shipped_scene
 
@@ -146,7 +147,7 @@ def test_lines_are_json_and_say_what_was_measured(scene, paths):
         text = json.dumps(rows, allow_nan=False)
         assert [row["part"] for row in json.loads(text)][:2] == ["ranking", "prompts_needed"]
         assert len(rows) == (5 if source == "skeleton" else 2)
-        assert len(rows[0]["entries"]) == 8 * (4 + 1 if source == "skeleton" else 4)
+        assert len(rows[0]["entries"]) == len(OBJECTIVES) * (4 + 1 if source == "skeleton" else 4)
         assert {row["n_merges"] for row in rows} == {3}
         assert rows[1]["curve"]["prompts"] == [1]
     ranking, _, terms, bound, points = make_rows(StatisticsJob(scene, 1, "skeleton", paths))

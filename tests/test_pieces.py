@@ -95,7 +95,7 @@ def test_a_weak_adapters_piece_stays_near_one(config, trace):
     setup = load_setup(weak)
     weighing = weigh_pieces(setup, "tsv_m", setup.write_prompts(trace, Record()), trace)
     bounds = weighing.steering.bounds
-    assert (bounds.low.tolist(), bounds.high.tolist()) == ([0.5] * 3, [1.5] * 3)
+    assert (bounds.low.tolist(), bounds.high.tolist()) == ([0.9] * 3, [1 / 0.9] * 3)
 
 
 def test_pieces_are_searched_from_the_operator_and_end_no_worse(config, tmp_path):
