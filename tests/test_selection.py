@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch.func import functional_call
 
 from benchmarks import selection, selection_pool
-from benchmarks.rows import read_rows
+from benchmarks.rows import append_row, read_rows
 from benchmarks.selection import ARMS, main, parse_arguments, plan_jobs
 from benchmarks.selection_criteria import CRITERIA, Signals, choose
 from benchmarks.selection_pool import TEMPLATE, Pool, write_pool
@@ -269,3 +269,16 @@ def test_halfway_is_between_the_uniform_merge_and_skeletons():
     rows = [make_row("uniform merge", 0, 0.2), *(make_row("own skeletons", s, 0.9 + s / 10) for s in (0, 1))]
     assert "N 57.5" in halfway(rows)
     assert halfway(rows[:1]) == ""
+
+
+def test_the_shipped_lines_are_reported_in_their_place(monkeypatch, tmp_path):
+    document, out = tmp_path / "METHOD.md", tmp_path / "selection.jsonl"
+    document.write_text((ROOT / "docs/METHOD.md").read_text())
+    append_row(out, make_row("certain, free", 0, 0.4))
+    monkeypatch.setattr(selection, "DOCUMENT", document)
+    monkeypatch.setattr(selection, "OUT", out)
+    monkeypatch.setattr("benchmarks.command.signal.signal", lambda *_: None)
+    assert main(["--report", "--out", str(out)]) == 0
+    text = document.read_text()
+    assert text.index("<!-- selection:begin -->") < text.index("| certain, free | 40.0 |")
+    assert text.count("<!-- studies:end -->") == 1
