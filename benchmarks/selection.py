@@ -164,7 +164,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--arms", nargs="+", choices=names, metavar="NAME", help=f"of: {'; '.join(names)}")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--template", default=TEMPLATE, help="of all questions, with slots for the base")
-    parser.add_argument("--questions", type=int, default=600, help="to write (default %(default)s)")
+    parser.add_argument("--questions", type=int, default=900, help="to write (default %(default)s)")
     parser.add_argument("--queries", type=int, help="of each task at most, to try things out (default all)")
     parser.add_argument(
         "--set",

@@ -231,7 +231,7 @@ def test_one_pool_serves_all_criteria_and_what_is_recorded_is_not_run_again(aske
     assert (len(pools), len(runs)) == (4, 11)  # other pools, the same skeletons
     rows = read_rows(tmp_path / "selection.jsonl")
     assert rows[-1].keys() > {"method", "region", "commit", "machine", "cores", "code_sha256"}
-    assert [row["questions"] for row in rows if row["method"] == "any, confined"] == [600, 600, 9, 9]
+    assert [row["questions"] for row in rows if row["method"] == "any, confined"] == [900, 900, 9, 9]
 
 
 def test_configurations_have_skeletons_but_for_free_text(tmp_path):
