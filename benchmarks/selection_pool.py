@@ -93,7 +93,9 @@ def _against_base(
 ) -> Iterator[tuple[int, tuple[float, float]]]:
     """Yield each prompt's index, its largest KL(expert || base) and its entropy ratio."""
     found: dict[int, tuple[float, float]] = {}
-    expert_logp = torch.split(signals.logp, [len(scored) for scored in prompts.scored])
+    expert_logp = torch.split(
+        signals.logp(torch.arange(len(signals.next_tokens))), [len(scored) for scored in prompts.scored]
+    )
 
     def step(rows: list[int]) -> None:
         base = scored_logp(parts.model, prompts, rows)

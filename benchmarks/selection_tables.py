@@ -16,7 +16,7 @@ HOW = (
     "Shares in percent: mean over seeds and, in brackets, its 95 % interval (percentile bootstrap, 10,000 "
     "resamples; n is the number of seeds). N is held-in accuracy divided by that of the task's own expert. "
     "Own task: the share of kept questions that are of their expert's own task, which no criterion can see. "
-    "Free: no bounds; confined: coefficients within half and one and a half times the balanced merge's."
+    "Free: no bounds; confined: coefficients within a tenth of the balanced merge's."
 )
 
 
