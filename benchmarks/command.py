@@ -24,3 +24,14 @@ def exit_code(run: Callable[[], int]) -> int:
     except KeyboardInterrupt:
         print("interrupted: the same command goes on", file=sys.stderr)
         return 130
+
+
+def run_and_report(run: Callable[[], int], report: Callable[[], None], *, only_report: bool) -> int:
+    """Run, which counts what failed, unless a report alone is wanted; then report, and end as `exit_code`."""
+
+    def both() -> int:
+        n_failed = 0 if only_report else run()
+        report()
+        return 1 if n_failed else 0
+
+    return exit_code(both)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.command import exit_code
+from benchmarks.command import run_and_report
 from benchmarks.device_pool import DevicePool
 from benchmarks.environment import ROOT, code_hash, describe_machine
 from benchmarks.fidelity_collect import measure_batch
@@ -227,13 +227,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run and report; return 0, 1 if a job failed, 2 for bad input, 130 after Ctrl-C or SIGTERM."""
     arguments = parse_arguments(argv)
-
-    def run() -> int:
-        n_failed = 0 if arguments.report else Run(arguments).go()
-        write_report(arguments.out)
-        return 1 if n_failed else 0
-
-    return exit_code(run)
+    return run_and_report(
+        lambda: Run(arguments).go(), lambda: write_report(arguments.out), only_report=arguments.report
+    )
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.command import exit_code
+from benchmarks.command import run_and_report
 from benchmarks.device_pool import DevicePool
 from benchmarks.environment import ROOT, code_hash, describe_machine
 from benchmarks.rows import append_row, is_done, measured, read_rows
@@ -183,13 +183,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run and report; return 0, 1 if a run failed, 2 for bad input, 130 after Ctrl-C or SIGTERM."""
     arguments = parse_arguments(argv)
-
-    def run() -> int:
-        n_failed = 0 if arguments.report else run_missing(arguments)
-        write_report(arguments.out)
-        return 1 if n_failed else 0
-
-    return exit_code(run)
+    return run_and_report(
+        lambda: run_missing(arguments), lambda: write_report(arguments.out), only_report=arguments.report
+    )
 
 
 if __name__ == "__main__":

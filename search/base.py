@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from search.dummy import architecture, is_dummy, make_model, make_tokenizer
+from search.dummy import architecture, is_dummy, make_model, make_shapes, make_tokenizer
 from search.errors import InputError
 from search.files import sha256_file
 
@@ -114,9 +114,7 @@ def load_shapes(source: str, *, revision: str | None = None) -> nn.Module:
         InputError: if there is no readable config.json of a causal language model, or a folder lacks weights.
     """
     if is_dummy(source):
-        with torch.device("meta"):
-            shapes: nn.Module = AutoModelForCausalLM.from_config(architecture(source))  # type: ignore[no-untyped-call]
-        return shapes
+        return make_shapes(source)
     folder = _fetch_folder(source, revision, _TEXT_FILES)
     config = _read_model_config(source, folder)
     if Path(source).is_dir():  # the hub's weights are not fetched yet

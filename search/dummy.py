@@ -95,6 +95,17 @@ def make_model(source: str, device: torch.device, dtype: torch.dtype) -> nn.Modu
     return model
 
 
+def make_shapes(source: str) -> nn.Module:
+    """Build a base without weights, on torch's meta device.
+
+    Raises:
+        InputError: for an architecture that there is not.
+    """
+    with torch.device("meta"):
+        shapes: nn.Module = AutoModelForCausalLM.from_config(architecture(source))  # type: ignore[no-untyped-call]
+    return shapes
+
+
 def make_factors(source: str) -> RandomFactors:
     """Draw an adapter's factors, float32 on the CPU; every module's update has RELATIVE_NORM.
 
@@ -110,9 +121,9 @@ def make_factors(source: str) -> RandomFactors:
             "dummy:mistral-7b/q_proj,v_proj/r8#1."
         )
     base, rank, wanted = DUMMY + parts["base"], int(parts["rank"]), parts["modules"].split(",")
-    with torch.device("meta"):
-        shapes: Any = AutoModelForCausalLM.from_config(architecture(base))  # type: ignore[no-untyped-call]
-    linear = {name: m for name, m in shapes.named_modules() if isinstance(m, nn.Linear) and "." in name}
+    linear = {
+        name: m for name, m in make_shapes(base).named_modules() if isinstance(m, nn.Linear) and "." in name
+    }
     known = {name.rpartition(".")[2] for name in linear}
     if unknown := [name for name in wanted if name not in known]:
         raise InputError(f"adapter {source!r}: no module {unknown[0]!r}; known: {', '.join(sorted(known))}.")

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from search.errors import InputError
 from search.evaluate import PopulationEvaluator, Scoring
 from search.experts import ExpertSignals, TokenBudget, default_token_budget, expert_signals
-from search.finalists import Bounds, Finalist, make_references, stack_coefficients
+from search.finalists import SINGLE, Bounds, Finalist, make_references, stack_coefficients
 from search.loop import Scores
 from search.parts import Parts
 from search.prompts import PromptRequest, PromptSet, describe_prompts, read_prompts, write_prompts
@@ -127,7 +127,7 @@ def prepare_steering(
     )
     _refuse_no_numbers(parts.names, searched, unseen)
     references = make_references(parts.shape[0], parts.names, request.balanced, request.prior)
-    weak, reasons, bounds = _weigh_prompts(parts, prompts.searched, searched, signals[0], request)
+    weak, reasons, bounds = _weigh_prompts(references, prompts.searched, searched, signals[0], request)
     trace.event(
         "signals",
         peak_kl_nats=signals[0].peak_kl,
@@ -159,7 +159,7 @@ def prepare_steering(
 
 
 def _weigh_prompts(
-    parts: Parts,
+    references: Sequence[Finalist],
     prompts: PromptSet,
     evaluator: PopulationEvaluator,
     signals: ExpertSignals,
@@ -168,20 +168,20 @@ def _weigh_prompts(
     """Return who is weak, why, and the bounds of all adapters; as recorded, where an earlier run decided."""
     if (recorded := request.recorded) is not None:
         return tuple(recorded["weak"]), tuple(recorded["reasons"]), _read_bounds(recorded)
-    n_adapters = len(parts.names)
-    rivals = np.full((n_adapters, n_adapters), np.inf)
+    singles = [reference for reference in references if reference.name.startswith(SINGLE)]
+    names = [single.name.removeprefix(SINGLE) for single in singles]
+    rivals = np.full((len(names), len(names)), np.inf)
     if request.weak_signal_nats > 0:
-        alone = np.broadcast_to(np.eye(n_adapters)[:, None], (n_adapters, *parts.shape))
-        rivals = evaluator.score(alone).per_expert
+        rivals = evaluator.score(stack_coefficients(singles)).per_expert
     evidence = Evidence(
-        names=parts.names,
+        names=names,
         peak_kl=signals.peak_kl,
         entropy_ratio=signals.entropy_ratio,
         from_skeleton=~_wrote_freely(prompts),
         rivals=rivals,
     )
     trust = weigh(evidence, request.weak_signal_nats, request.balanced)
-    doubtful = [(n, why) for n, why in zip(parts.names, trust.reasons, strict=True) if why]
+    doubtful = [(n, why) for n, why in zip(names, trust.reasons, strict=True) if why]
     return tuple(n for n, _ in doubtful), tuple(why for _, why in doubtful), trust.bounds
 
 

@@ -42,8 +42,6 @@ class Evidence:
 class Trust:
     """What follows from the evidence."""
 
-    doubt: FloatArray
-    """(n_adapters,) from 0, the prompts are the adapter's own, to 1, nothing is known."""
     reasons: tuple[str, ...]
     """(n_adapters,) why there is doubt; empty where there is none."""
     bounds: Bounds
@@ -52,11 +50,12 @@ class Trust:
 def weigh(evidence: Evidence, weak_signal_nats: float, balanced: FloatArray) -> Trust:
     """Bound the coefficients of adapters whose prompts leave doubt, around the balanced merge's.
 
-    The doubt is the entropy ratio, and 1 where the prompts are free text, where expert and base nowhere
-    differ, or where another expert alone answers them as well. The mean doubt is the least that counts: what
-    one adapter takes from another goes unseen where nothing is known of that one. Up to SURE a coefficient
-    is free; with doubt d it stays within the factors min(2 d, HELD) and its inverse of the
-    balanced merge's. The rule is ours; benchmarks.studies, which prompts, shows what it does.
+    The doubt goes from 0, the prompts are the adapter's own, to 1, nothing is known. It is the entropy ratio,
+    and 1 where the prompts are free text, where expert and base nowhere differ, or where another expert alone
+    answers them as well. The mean doubt is the least that counts: what one adapter takes from another goes
+    unseen where nothing is known of that one. Up to SURE a coefficient is free; with doubt d it stays within
+    the factors min(2 d, HELD) and its inverse of the balanced merge's. The rule is ours; benchmarks.studies,
+    which prompts, shows what it does.
 
     Args:
         weak_signal_nats: peak KL below which expert and base do not differ; 0 trusts all prompts.
@@ -64,13 +63,13 @@ def weigh(evidence: Evidence, weak_signal_nats: float, balanced: FloatArray) -> 
     """
     n_adapters = len(evidence.names)
     if weak_signal_nats == 0:
-        return Trust(np.zeros(n_adapters), ("",) * n_adapters, bound(np.zeros(n_adapters), balanced))
+        return Trust(("",) * n_adapters, bound(np.zeros(n_adapters), balanced))
     reasons = [_find_reason(evidence, index, weak_signal_nats) for index in range(n_adapters)]
     known = np.array([not reason for reason in reasons])
     doubt = np.where(known, np.clip(evidence.entropy_ratio, 0, 1), 1.0)
     for index in np.flatnonzero(known & ~(doubt <= SURE)).tolist():
         reasons[index] = f"{doubt[index]:.2g} of the base's entropy"
-    return Trust(doubt, tuple(reasons), bound(np.maximum(doubt, doubt.mean()), balanced))
+    return Trust(tuple(reasons), bound(np.maximum(doubt, doubt.mean()), balanced))
 
 
 def bound(doubt: FloatArray, balanced: FloatArray) -> Bounds:
@@ -88,9 +87,7 @@ def _find_reason(evidence: Evidence, index: int, weak_signal_nats: float) -> str
         return f"{peak_kl:.3f} nats from the base at most"
     if np.isnan(ratio):
         return "no finite entropy"
-    others = np.delete(evidence.rivals[:, index], index)
-    if others.size and np.nanmin(others, initial=np.inf) < UNOWNED:
-        column = evidence.rivals[:, index].copy()
-        column[index] = np.inf
-        return f"{evidence.names[int(np.nanargmin(column))]} alone answers them as well"
-    return ""
+    others = evidence.rivals[:, index].copy()
+    others[index] = np.inf
+    nearest = int(np.nanargmin(others))
+    return f"{evidence.names[nearest]} alone answers them as well" if others[nearest] < UNOWNED else ""
