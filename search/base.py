@@ -60,7 +60,7 @@ def load_base(
     tokenizer = load_tokenizer(source, revision=revision)
     folder = _fetch_folder(source, revision, _TEXT_FILES + _WEIGHT_FILES)
     _check_weights_exist(source, folder)
-    model = _load_model(source, folder, chosen_dtype).to(chosen_device).eval().requires_grad_(False)
+    model = _load_model(source, folder, chosen_device, chosen_dtype).eval().requires_grad_(False)
     return LoadedBase(model, tokenizer, source, _commit_of(folder), hash_weights(folder))
 
 
@@ -208,10 +208,11 @@ def _check_weights_exist(source: str, folder: Path) -> None:
         )
 
 
-def _load_model(source: str, folder: Path, dtype: torch.dtype) -> nn.Module:
+def _load_model(source: str, folder: Path, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """Load weight by weight from the mapped files to the device: the host never holds the model."""
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, use_safetensors=True, output_loading_info=True
+            folder, dtype=dtype, device_map={"": device}, use_safetensors=True, output_loading_info=True
         )
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
         raise InputError(

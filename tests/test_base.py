@@ -177,3 +177,42 @@ def test_a_dtype_that_is_not_there_is_refused_and_auto_follows_the_device():
     with pytest.raises(InputError, match=r"dtype 'int3' is unknown. Expected one of auto"):
         choose_dtype("int3", torch.device("cpu"))
     assert choose_dtype("auto", torch.device("cpu")) == torch.float32
+
+
+def test_weights_are_read_straight_onto_the_device_that_is_asked_for(toy_folder, monkeypatch):
+    real, asked = base.AutoModelForCausalLM.from_pretrained, []
+
+    def spy(*args, **options):
+        asked.append(options)
+        return real(*args, **options)
+
+    monkeypatch.setattr(base.AutoModelForCausalLM, "from_pretrained", spy)
+    load_base(str(toy_folder), device="cpu", dtype="bfloat16")
+    assert asked[0]["device_map"] == {"": torch.device("cpu")}
+    assert asked[0]["dtype"] == torch.bfloat16
+
+
+@pytest.mark.gpu
+def test_the_host_never_holds_the_model_nor_the_gpu_two(tmp_path):
+    config = MistralConfig(
+        vocab_size=N_VOCAB,
+        hidden_size=2048,
+        num_hidden_layers=12,
+        intermediate_size=7168,
+        num_attention_heads=16,
+    )
+    MistralForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path)
+    make_toy_tokenizer().save_pretrained(tmp_path)
+    n_bytes = sum(path.stat().st_size for path in tmp_path.glob("*.safetensors"))
+    torch.empty(1, device="cuda")
+    host, gpu = own_host_bytes(), torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    load_base(str(tmp_path), device="cuda", dtype="bfloat16")
+    assert own_host_bytes() - host < n_bytes / 2
+    assert torch.cuda.max_memory_allocated() - gpu < 1.2 * n_bytes
+
+
+def own_host_bytes() -> int:
+    """Memory of this process's own now; mapped files left out."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.split("RssAnon:")[1].split()[0])

@@ -9,7 +9,7 @@ import torch
 from search.adapters import check_adapter, load_adapter
 from search.base import load_base, load_shapes, load_tokenizer, read_context
 from search.config import load_config
-from search.dummy import RELATIVE_NORM, make_factors, make_model
+from search.dummy import EMBEDDING_DEVIATION, RELATIVE_NORM, make_factors, make_model
 from search.errors import InputError
 from search.run import run_search
 
@@ -58,6 +58,17 @@ def test_updates_are_about_a_tenth_of_the_weights():
     for name, factors in adapter.modules.items():
         update, weight = factors.scaling * factors.B @ factors.A, model.get_submodule(name).weight.detach()
         assert (update.norm() / weight.norm()).item() == pytest.approx(RELATIVE_NORM, rel=0.15)
+
+
+@pytest.mark.parametrize(
+    "device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+)  # in the type asked for, without a wider copy
+def test_embeddings_are_loud_enough_that_the_last_token_counts(device):
+    model = make_model("dummy:tiny", torch.device(device), torch.bfloat16)
+    assert {weight.dtype for weight in model.parameters()} == {torch.bfloat16}
+    assert {weight.device.type for weight in model.parameters()} == {device}
+    embeddings = model.get_input_embeddings().weight.float()
+    assert embeddings.std().item() == pytest.approx(EMBEDDING_DEVIATION, rel=0.01)
 
 
 def test_text_survives_the_tokenizer_and_every_id_has_a_text():
