@@ -243,7 +243,9 @@ def refuse_strangers(folder: Path) -> None:
 def fold_adapters(
     model: nn.Module, adapters: Sequence[Adapter], coefficients: ArrayLike, groups: Groups
 ) -> None:
-    """Add the merge to the model's own weights in place, exactly, as `fold_updates` does.
+    """Add the merge to the model's own weights in place, exactly, as `fold_updates` does; for good.
+
+    `search.folding` has the same for a while.
 
     Args:
         coefficients: (n_groups, n_adapters).
@@ -264,6 +266,8 @@ def fold_adapters(
 def fold_updates(model: nn.Module, updates: Iterable[tuple[str, Tensor]]) -> None:
     """Add an update to each named module's weight in place: W += update, in float32 at least, rounded once.
 
+    No second copy of the model: beside it are one module's update and one module's weight in the wide type.
+
     A weight that another module shares (an output layer tied to the embeddings) is given its own copy first.
 
     Args:
@@ -281,4 +285,4 @@ def fold_updates(model: nn.Module, updates: Iterable[tuple[str, Tensor]]) -> Non
         wide = at_least_float32(torch.promote_types(weight.dtype, update.dtype))
         delta = update.to(weight.device, wide)
         with torch.no_grad():
-            weight.copy_(weight.to(wide) + (delta.T if isinstance(layer, Conv1D) else delta))
+            weight.copy_(weight.to(wide).add_(delta.T if isinstance(layer, Conv1D) else delta))

@@ -28,7 +28,7 @@ LAYERS = (
     | {"racing", "report", "settings", "tables"},
     {"config", "figures", "figures_genomes", "finding", "loop", "prior_learning", "recorded", "stack"},
     {"balance", "forecast", "merge", "parts", "population", "progress", "resume", "stages", "summary"},
-    {"compress", "delivery", "diagnosis", "drafts", "planning", "trust"},
+    {"compress", "delivery", "diagnosis", "drafts", "folding", "planning", "trust"},
     {"diagnosis_text", "export", "prompts"},
     {"experts"},
     {"passes"},
