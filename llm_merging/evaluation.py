@@ -17,10 +17,13 @@ from tqdm import tqdm
 from llm_merging.data import GENERATION, MULTIPLE_CHOICE, Query, check_lengths
 from llm_merging.model.decoder_functions import encode_choice, encode_input
 from search.files import atomic_write
+from search.memory import MOST_TOKENS, MOST_WRITTEN_TOKENS, choosing_cost, largest_batch, writing_cost
 
-TOKENS_PER_BATCH = {"cuda": {MULTIPLE_CHOICE: 16384, GENERATION: 65536}}
-"""Rows x longest row. Writing wants 64 rows even of prompts of 1,000 tokens: a step reads all weights,
-however few the rows; the cache is then 8 GiB in a 7B model with 8 key-value heads."""
+TOKENS_PER_BATCH = {
+    MULTIPLE_CHOICE: (choosing_cost, MOST_TOKENS),
+    GENERATION: (writing_cost, MOST_WRITTEN_TOKENS),
+}
+"""On a CUDA device: what a batch of so many tokens, rows x longest row, takes, and the most tokens."""
 TOKENS_PER_BATCH_ELSEWHERE = 4096
 KINDS = (MULTIPLE_CHOICE, GENERATION)
 EMPTY_PREDICTION = "unknown"
@@ -192,5 +195,7 @@ def _cost(batch: Sequence[SizedQuery]) -> int:
 
 
 def _default_budget(method: Answerer, kind: str) -> int:
-    device = next(method.base_model.parameters()).device
-    return TOKENS_PER_BATCH.get(device.type, {}).get(kind, TOKENS_PER_BATCH_ELSEWHERE)
+    """Return how many tokens of a kind of query fit into one batch beside what is in memory."""
+    if next(method.base_model.parameters()).device.type != "cuda":
+        return TOKENS_PER_BATCH_ELSEWHERE
+    return largest_batch(method.base_model, *TOKENS_PER_BATCH[kind])

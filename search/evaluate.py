@@ -98,13 +98,13 @@ class PopulationEvaluator:
         self._prompts, self._signals, self._scoring = prompts, signals, scoring
         tokens_per_forward = scoring.tokens_per_forward or default_token_budget(model.device)
         self._budget = budget or TokenBudget(tokens_per_forward)
-        self._graph_budget = replace(self._budget)  # a graph takes more memory; same list of events
+        self._graph_budget = replace(self._budget, bytes_per_token=None)  # more memory; same list of events
         n_scored = torch.tensor([len(scored) for scored in prompts.scored])
         self._n_scored, self._expert = n_scored.double(), torch.from_numpy(prompts.expert)
         self._block_of, self.n_blocks = _assign_blocks(prompts)
         self._counts = sum_by_index(self._n_scored, self._expert, prompts.n_experts)
         self._folds = model.device.type == "cpu" and model.dtype in (torch.float32, torch.float64)
-        n_forwards = scoring.n_ahead * prompts.n_tokens / tokens_per_forward
+        n_forwards = scoring.n_ahead * prompts.n_tokens / self._budget.tokens_per_forward
         pays = compiling_pays(model, n_forwards) if scoring.compiled is None else scoring.compiled
         compiled = pays and not self._folds
         self._passes = Passes(model, stacked, groups, prompts, signals, compiled=compiled)
@@ -114,6 +114,11 @@ class PopulationEvaluator:
         base = self.score_blocks(np.zeros((1, len(groups.names), stacked.n_adapters)), range(self.n_blocks))
         self.base_per_expert: FloatArray = base.sums[0] / base.counts
         """(n_experts,) the base's disagreement, in the objective's own unit."""
+
+    @property
+    def graph_budget(self) -> TokenBudget:
+        """How many tokens have a graph at once; chosen at the first gradient."""
+        return self._graph_budget
 
     @property
     def oom_events(self) -> list[dict[str, int]]:
@@ -189,6 +194,9 @@ class PopulationEvaluator:
         gradient, sums = torch.zeros(mixture.shape, dtype=torch.float64), torch.zeros(0)  # sums: none known
         n_tokens = 0
 
+        def measured(rows: list[int]) -> None:
+            torch.autograd.grad(self._sums_with_graph(mixture, rows).sum(), mixture)
+
         def step(rows: list[int]) -> None:
             nonlocal sums, n_tokens
             if not len(sums) and len(rows) < len(lengths):
@@ -200,6 +208,7 @@ class PopulationEvaluator:
             gradient.add_(part)  # from here on memory cannot run out: nothing is counted twice
             sums, n_tokens = total, n_tokens + sum(lengths[row] for row in rows)
 
+        self._graph_budget.plan(self._model.device, lengths, self._n_scored.tolist(), measured)
         self._graph_budget.run(lengths, step)
         loss, per_expert = self._combine(sums, self._counts)
         return GradientScores(loss.item(), gradient.numpy(), per_expert.numpy(), n_tokens)

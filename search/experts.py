@@ -4,7 +4,7 @@ Knows models, prompts and the memory that a forward pass needs; not candidates o
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,10 +15,21 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from search.groups import Groups
+from search.memory import (
+    MEASURED_TOKENS,
+    densest_rows,
+    fits_in_memory,
+    measure_peak,
+    pick_tokens,
+    read_memory,
+)
 from search.objective import disagreement, entropy, sum_by_index
 from search.population import population, send
 from search.prompts import PromptSet
 from search.stack import StackedFactors, at_least_float32
+
+AT_ONCE = {"cpu": 2**17, "cuda": 2**25}
+"""Probabilities that are looked at together: a CPU's are to fit its cache, a GPU's to keep it busy."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -56,6 +67,40 @@ class TokenBudget:
     tokens_per_forward: int
     oom_events: list[dict[str, int]] = field(default_factory=list)
     """One {"tokens", "tokens_per_forward"} for each time: what did not fit, the budget from then on."""
+    by_memory: bool = False
+    """Nobody asked for this number: `plan` may choose another."""
+    bytes_per_token: float | None = None
+    """Measured, above what is kept anyway; None where nobody measured."""
+
+    def plan(
+        self,
+        device: torch.device,
+        lengths: Sequence[int],
+        n_scored: Sequence[int],
+        step: Callable[[list[int]], None],
+        kept_bytes: int = 0,
+    ) -> None:
+        """Choose by the free memory of a CUDA device and what one small step takes of it, once.
+
+        What is looked at in parts of fixed size counts as if it grew with the step: an upper bound.
+
+        Args:
+            lengths: (n_rows,) tokens.
+            n_scored: (n_rows,) positions that logits are computed at.
+            kept_bytes: that are to be left for what is computed.
+        """
+        if not self.by_memory or self.bytes_per_token is not None or device.type != "cuda":
+            return
+        rows = densest_rows(lengths, n_scored, MEASURED_TOKENS)
+        try:
+            peak_bytes = measure_peak(device, lambda: step(rows))
+        except torch.OutOfMemoryError:  # some rows did not fit: one is tried when its turn comes
+            self.tokens_per_forward = 1
+            return
+        self.bytes_per_token = peak_bytes / sum(lengths[row] for row in rows)
+        if reading := read_memory(device):
+            available = reading.available - kept_bytes
+            self.tokens_per_forward = pick_tokens(available, self.bytes_per_token)
 
     def run(self, lengths: Sequence[int], step: Callable[[list[int]], None]) -> None:
         """Call `step` on lists of rows that cover all rows, the longest first, each list within the budget.
@@ -67,7 +112,7 @@ class TokenBudget:
         while left:
             longest = lengths[left[0]]
             rows = left[: max(1, self.tokens_per_forward // longest)]
-            if _fits_in_memory(step, rows):
+            if fits_in_memory(step, rows):
                 left = left[len(rows) :]
             else:
                 self._halve(len(rows) * longest)
@@ -79,16 +124,6 @@ class TokenBudget:
         logging.getLogger(__name__).warning(
             "out of memory at %d tokens; going on with %d", n_tokens, self.tokens_per_forward
         )
-
-
-def _fits_in_memory(step: Callable[[list[int]], None], rows: list[int]) -> bool:
-    try:
-        step(rows)
-    except torch.OutOfMemoryError:
-        if len(rows) == 1:
-            raise
-        return False  # outside the except block the failed step's tensors are free
-    return True
 
 
 def default_token_budget(device: torch.device) -> int:
@@ -181,20 +216,27 @@ def expert_signals(
         for ids, scored in zip(prompts.ids, prompts.scored, strict=True)
     ]
     n_scored = [len(scored) for scored in prompts.scored]
-    logits_of: dict[int, Tensor] = {}
+    places_of = torch.split(torch.arange(sum(n_scored)), n_scored)
+    kept = torch.empty(0)  # (all scored positions, n_vocab), filled in place
     facts_of: dict[int, Tensor] = {}  # prompt -> largest KL, sums of the expert's and of the base's entropies
 
     def step(rows: list[int]) -> None:
+        nonlocal kept
         with population(model, stacked, one_hot[rows], groups):
             logits = scored_logits(model, prompts, rows)
-        expert_logp, base_logp = log_softmax(logits), scored_logp(model, prompts, rows)
-        exact = expert_logp if expert_logp.dtype == logits.dtype else logits
+        base = scored_logits(model, prompts, rows)
+        if not len(kept):
+            kept = logits.new_empty(sum(n_scored), logits.shape[-1])
+        places = send(torch.cat([places_of[row] for row in rows]), logits.device)
         tokens = torch.cat([next_tokens[row] for row in rows])
-        kl = disagreement("forward_kl", base_logp, expert_logp, tokens)
-        counts = [n_scored[row] for row in rows]
-        logits_of.update(zip(rows, torch.split(exact, counts), strict=True))
-        measured = torch.stack([kl, entropy(expert_logp), entropy(base_logp)])
-        for row, own in zip(rows, torch.split(measured, counts, dim=1), strict=True):
+        parts = []
+        for own, theirs, token, at in _split_positions(logits, base, tokens, places):
+            expert_logp, base_logp = log_softmax(own), log_softmax(theirs)
+            kept.index_copy_(0, at, expert_logp if expert_logp.dtype == own.dtype else own)
+            kl = disagreement("forward_kl", base_logp, expert_logp, token)
+            parts.append(torch.stack([kl, entropy(expert_logp), entropy(base_logp)]))
+        measured = torch.cat(parts, dim=1)
+        for row, own in zip(rows, torch.split(measured, [n_scored[row] for row in rows], dim=1), strict=True):
             facts_of[row] = torch.stack([own[0].max(), own[1].sum(), own[2].sum()]).double()
 
     budget = budget or TokenBudget(default_token_budget(model.device))
@@ -202,7 +244,30 @@ def expert_signals(
     facts = torch.stack([facts_of[row] for row in range(prompts.n_prompts)])  # (n_prompts, 3)
     sums = sum_by_index(facts.T, torch.from_numpy(prompts.expert), prompts.n_experts).numpy()
     n_prompts = np.bincount(prompts.expert, minlength=prompts.n_experts)
-    with np.errstate(divide="ignore", invalid="ignore"):  # a base without any doubt: NaN, or infinite
-        entropy_ratio = sums[1] / sums[2]
-    logits = torch.cat([logits_of[row] for row in range(prompts.n_prompts)])
-    return ExpertSignals(logits, torch.cat(next_tokens), sums[0] / n_prompts, entropy_ratio)
+    with np.errstate(divide="ignore", invalid="ignore"):  # no prompts, or a base without any doubt
+        peak_kl, entropy_ratio = sums[0] / n_prompts, sums[1] / sums[2]
+    return ExpertSignals(kept, torch.cat(next_tokens), peak_kl, entropy_ratio)
+
+
+def _split_positions(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Give scored positions (n, ...) some at a time on a GPU, which float32 copies of all would fill."""
+    logits = tensors[0]
+    n_positions = max(1, AT_ONCE["cuda"] // logits.shape[-1]) if logits.is_cuda else max(1, len(logits))
+    return zip(*(torch.split(tensor, n_positions) for tensor in tensors), strict=True)
+
+
+def plan_budget(
+    model: Any, stacked: StackedFactors, groups: Groups, prompts: PromptSet, budget: TokenBudget, n_kept: int
+) -> None:
+    """Let a budget follow from the memory that asking the experts takes; scoring candidates takes no more.
+
+    Args:
+        n_kept: scored positions, of all prompts, whose logits are to be kept.
+    """
+
+    def ask(rows: list[int]) -> None:
+        expert_signals(model, stacked, groups, prompts.select(rows), TokenBudget(sum(lengths)))
+
+    lengths, n_scored = [len(ids) for ids in prompts.ids], [len(scored) for scored in prompts.scored]
+    kept_bytes = n_kept * model.config.get_text_config().vocab_size * model.dtype.itemsize
+    budget.plan(model.device, lengths, n_scored, ask, kept_bytes)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from search.compiled import CompiledLayers, Compiler, choose_widths, pad_to, row_sizes
-from search.experts import ExpertSignals, TokenBudget, log_softmax, scored_logits, widened_logp
+from search.experts import AT_ONCE, ExpertSignals, TokenBudget, log_softmax, scored_logits, widened_logp
 from search.groups import Groups
 from search.objective import Objective, disagreement
 from search.population import population, send
@@ -20,8 +20,6 @@ from search.prompts import PromptSet
 from search.stack import StackedFactors
 
 MOST_UNDER_WAY = 2
-_AT_ONCE = {"cpu": 2**17, "cuda": 2**25}
-"""Probabilities that are looked at together: a CPU's are to fit its cache, a GPU's to keep it busy."""
 
 
 class Passes:
@@ -123,7 +121,7 @@ class Passes:
                 self._objectives[objective] = self._compiler(evaluate, dynamic=True)
             evaluate = self._objectives[objective]
         signals = self._signals
-        n_positions = max(1, _AT_ONCE[logits.device.type] // logits.shape[-1])
+        n_positions = max(1, AT_ONCE[logits.device.type] // logits.shape[-1])
         parts = [
             evaluate(own, signals.logits, signals.next_tokens, places)
             for own, places in zip(

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from search.errors import InputError
+from search.memory import fits_in_memory, largest_batch, sampling_cost
 
 MAX_CACHED_TOKENS = 32_768
 """Rows x tokens decoded together: 4 GiB of cache for a 7B model with 8 key-value heads."""
@@ -77,13 +78,25 @@ def sample_rows(
         tokens = new[row]
         return tokens[-1] in decoding.stop_ids or len(tokens) == room[row] or ended(row, tokens)
 
-    n_together = max(1, MAX_CACHED_TOKENS // (max(map(len, prefixes)) + decoding.max_new_tokens))
-    for start in range(0, len(prefixes), n_together):
-        batch = _Batch(model, prefixes, list(range(len(prefixes)))[start : start + n_together])
+    def write(rows: list[int]) -> None:
+        for row in rows:
+            new[row].clear()  # of a batch that did not fit
+        batch = _Batch(model, prefixes, rows)
         while batch.rows:
             with under(batch.rows):
                 live = _decode_until_half_done(batch, new, draws, decoding, is_done)
             batch.keep(live)
+
+    n_tokens = largest_batch(model, sampling_cost, MAX_CACHED_TOKENS)
+    n_together = max(1, n_tokens // (max(map(len, prefixes)) + decoding.max_new_tokens))
+    left = list(range(len(prefixes)))
+    while left:
+        rows = left[:n_together]
+        if fits_in_memory(write, rows):
+            left = left[len(rows) :]
+        else:
+            n_together = len(rows) // 2
+            torch.cuda.empty_cache()
     return new
 
 

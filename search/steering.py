@@ -7,7 +7,7 @@ optimisers, the clock or the configuration.
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from search.errors import InputError
 from search.evaluate import PopulationEvaluator, Scoring
-from search.experts import ExpertSignals, TokenBudget, default_token_budget, expert_signals
+from search.experts import ExpertSignals, TokenBudget, default_token_budget, expert_signals, plan_budget
 from search.finalists import SINGLE, Bounds, Finalist, make_references, stack_coefficients
 from search.loop import Scores
 from search.parts import Parts
@@ -118,7 +118,7 @@ def prepare_steering(
     """Take the experts' signals, confine weak adapters, and score the references that concern all experts."""
     started_s = time.monotonic()
     both = prompts.searched, prompts.unseen
-    budget = TokenBudget(request.scoring.tokens_per_forward or default_token_budget(parts.model.device))
+    budget = _choose_budget(parts, prompts, request)
     signals = [expert_signals(parts.model, parts.stacked, parts.groups, part, budget) for part in both]
     scorings = request.scoring, replace(request.scoring, n_ahead=0)  # too few are scored on the unseen
     searched, unseen = (
@@ -136,8 +136,8 @@ def prepare_steering(
         weak_signal_nats=request.weak_signal_nats,
         weak=weak,
         reasons=reasons,
-        low=bounds.low,
-        high=bounds.high,
+        **asdict(bounds),
+        tokens_per_forward=budget.tokens_per_forward,
         seconds=time.monotonic() - started_s,
     )
     _warn_of_weak_prompts(len(parts.names), weak, reasons)
@@ -156,6 +156,18 @@ def prepare_steering(
         searched_candidate_s=searched_candidate_s,
         unseen_candidate_s=unseen_candidate_s,
     )
+
+
+def _choose_budget(parts: Parts, prompts: WrittenPrompts, request: SteeringRequest) -> TokenBudget:
+    """Return the tokens of one forward: as configured, or recorded, or what fits beside all that is kept."""
+    asked = request.scoring.tokens_per_forward
+    budget = TokenBudget(asked or default_token_budget(parts.model.device), by_memory=asked is None)
+    n_kept = sum(len(own) for part in (prompts.searched, prompts.unseen) for own in part.scored)
+    plan_budget(parts.model, parts.stacked, parts.groups, prompts.searched, budget, n_kept)
+    recorded = (request.recorded or {}).get("tokens_per_forward")
+    if recorded and budget.bytes_per_token is not None:  # other batches would have other last bits
+        budget.tokens_per_forward = recorded
+    return budget
 
 
 def _weigh_prompts(

@@ -15,6 +15,7 @@ LAYERS = (
         "compiled",
         "groups",
         "interruption",
+        "memory",
         "picture",
         "profiles",
         "provenance",

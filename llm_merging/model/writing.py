@@ -18,11 +18,10 @@ from torch.nn import functional
 from transformers import Cache
 
 from llm_merging.model.rows import device_of, forward, pad_left
+from search.memory import prefill_tokens
 
 logger = logging.getLogger(__name__)
 
-PREFILL_TOKENS = 16384
-"""Prompt tokens, padding counted, of one forward: more fill a card no better, and cost memory."""
 WARM_UP_STEPS = 2
 """Steps before a graph is recorded: kernels and libraries load at their first call, which no graph holds."""
 CHECK_EVERY = 8
@@ -177,9 +176,9 @@ def _read_prompts(model: nn.Module, prompts: Sequence[Sequence[int]], max_new: i
     n_columns = -(-(len(prompts[0]) + max_new) // ALIGNMENT) * ALIGNMENT
     column = torch.tensor([len(prompts[0])], device=device)
     mask = torch.full((n_rows, 1, 1, n_columns), torch.finfo(dtype).min, dtype=dtype, device=device)
-    first_tokens, past, row = [], None, 0
+    first_tokens, past, row, n_prefill = [], None, 0, prefill_tokens(n_rows * n_columns)
     while row < n_rows:
-        some = prompts[row : row + max(1, PREFILL_TOKENS // len(prompts[row]))]
+        some = prompts[row : row + max(1, n_prefill // len(prompts[row]))]
         ids, real = pad_left(some, pad, device)
         output = forward(model, ids, real)
         if past is None:
@@ -188,6 +187,7 @@ def _read_prompts(model: nn.Module, prompts: Sequence[Sequence[int]], max_new: i
         mask[row : row + len(some), 0, 0, : ids.shape[1]].masked_fill_(real.bool(), 0)
         first_tokens.append(output.logits[:, -1].argmax(dim=-1, keepdim=True))
         row += len(some)
+        del output  # its cache: the next forward would be beside it
     written = torch.full((n_rows, max_new), NOT_WRITTEN, device=device)
     ids = torch.cat(first_tokens)
     written[:, :1] = ids

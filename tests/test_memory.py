@@ -1,0 +1,216 @@
+"""Batches that fit: never more than there is memory for, more with more of it, and one row at least."""
+
+import gc
+from contextlib import contextmanager
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from search.adapters import load_adapter
+from search.base import load_base, load_shapes
+from search.evaluate import PopulationEvaluator, Scoring
+from search.experts import TokenBudget, expert_signals, plan_budget
+from search.memory import (
+    LEAST_PREFILL_TOKENS,
+    MOST_PREFILL_TOKENS,
+    MOST_TOKENS,
+    MOST_WRITTEN_TOKENS,
+    Reading,
+    Shape,
+    choosing_cost,
+    densest_rows,
+    fits_in_memory,
+    largest_batch,
+    largest_fit,
+    pick_tokens,
+    prefill_tokens,
+    read_memory,
+    sampling_cost,
+    shape_of,
+    writing_cost,
+)
+from search.parts import assemble_parts
+from tests.test_experts import make_prompts
+from tests.toys import make_model
+
+GIB = 2**30
+SIZES = st.integers(0, 200 * GIB)
+MISTRAL = Shape(
+    n_layers=32,
+    d_hidden=4096,
+    d_inner=14336,
+    d_attention=4096,
+    d_cached=1024,
+    n_vocab=32000,
+    n_bytes=2,
+)
+BASE = 2 * 7_241_732_096
+COSTS = [writing_cost, choosing_cost, sampling_cost]
+
+
+@given(st.floats(-1e12, 1e12), st.floats(1e-3, 1e10), st.integers(1, 10**6))
+def test_what_is_picked_fits_is_a_power_of_two_and_the_next_one_would_not_do(available, each, most):
+    tokens = pick_tokens(available, each, most)
+    assert 1 <= tokens <= most
+    assert tokens & (tokens - 1) == 0
+    assert tokens == 1 or tokens * each <= available
+    assert 2 * tokens > most or 2 * tokens * each > available
+
+
+@given(SIZES, SIZES, st.floats(1, 1e9))
+def test_more_memory_never_gives_fewer_tokens(one, other, each):
+    less, more = sorted((one, other))
+    assert pick_tokens(less, each) <= pick_tokens(more, each) <= MOST_TOKENS
+
+
+@pytest.mark.parametrize("cost", COSTS)
+@given(one=st.integers(1, 10**6), other=st.integers(1, 10**6), available=SIZES)
+def test_batches_cost_more_the_larger_they_are_and_fit(cost, one, other, available):
+    less, more = sorted((one, other))
+    assert 0 < cost(MISTRAL, less) <= cost(MISTRAL, more)
+    tokens = largest_fit(available, lambda n: cost(MISTRAL, n), MOST_WRITTEN_TOKENS)
+    assert tokens == 1 or cost(MISTRAL, tokens) <= available
+
+
+@given(free=SIZES, held=SIZES, used=SIZES, fraction=st.floats(0, 1))
+def test_available_is_within_every_limit(free, held, used, fraction):
+    used = min(used, held)
+    reading = Reading(free, free + held, held, used, fraction)
+    assert 0 <= reading.available <= max(0, free + held - used)
+    assert reading.available + used <= max(used, (free + held) * fraction)
+    more = Reading(free + GIB, free + held + GIB, held, used, fraction)
+    assert more.available >= reading.available
+
+
+def test_a_share_and_what_others_hold_both_limit():
+    assert Reading(free=60 * GIB, total=80 * GIB, held=20 * GIB, used=5 * GIB).limit == 80 * GIB
+    assert Reading(60 * GIB, 80 * GIB, 20 * GIB, 5 * GIB, fraction=0.5).limit == 40 * GIB
+    assert Reading(free=10 * GIB, total=80 * GIB, held=GIB, used=GIB).limit == 11 * GIB
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 400), st.floats(0, 1)), min_size=1, max_size=30), st.integers(1, 500)
+)
+def test_the_densest_rows_are_measured_within_the_limit(rows, n_tokens):
+    lengths = [length for length, _ in rows]
+    n_scored = [int(length * share) for length, share in rows]
+    chosen = densest_rows(lengths, n_scored, n_tokens)
+    assert len(set(chosen)) == len(chosen) >= 1
+    assert len(chosen) == 1 or sum(lengths[row] for row in chosen) <= n_tokens
+    densities = [scored / length for length, scored in zip(lengths, n_scored, strict=True)]
+    assert densities[chosen[0]] == max(densities)
+
+
+@given(st.integers(1, 10**6))
+def test_prompts_are_read_in_parts_that_take_less_than_the_cache_yet_keep_a_card_busy(n_tokens):
+    assert LEAST_PREFILL_TOKENS <= prefill_tokens(n_tokens) <= MOST_PREFILL_TOKENS
+    assert prefill_tokens(n_tokens) <= max(LEAST_PREFILL_TOKENS, n_tokens / 4)
+
+
+def test_a_real_models_shape_is_read_from_its_configuration():
+    shapes = load_shapes("dummy:mistral-7b").to(torch.bfloat16)
+    assert shape_of(shapes) == MISTRAL
+    assert MISTRAL.cache == 131_072
+    assert shape_of(make_model("gpt2")).d_inner == 4 * shape_of(make_model("gpt2")).d_hidden
+
+
+def test_a_7b_model_writes_64_rows_under_46_gib_and_fewer_tokens_under_22():
+    def written(limit):
+        available = Reading(limit * GIB, limit * GIB, 0, 0).available - BASE
+        return largest_fit(available, lambda n: writing_cost(MISTRAL, n), MOST_WRITTEN_TOKENS)
+
+    assert written(46) == MOST_WRITTEN_TOKENS
+    assert 64 * 200 <= written(22) < written(46)
+
+
+def test_a_cpu_has_no_plan_and_keeps_its_defaults():
+    model = make_model("llama")
+    assert read_memory(torch.device("cpu")) is None
+    assert largest_batch(model, writing_cost, 4096) == 4096
+    budget = TokenBudget(1024, by_memory=True)
+    budget.plan(model.device, [3], [1], lambda rows: pytest.fail("measured"))
+    assert (budget.tokens_per_forward, budget.bytes_per_token) == (1024, None)
+
+
+def test_a_step_fits_or_not_and_other_errors_are_not_a_lack_of_memory():
+    def step(rows):
+        if len(rows) > 2:
+            raise torch.OutOfMemoryError("no memory")
+
+    assert fits_in_memory(step, [0, 1])
+    assert not fits_in_memory(step, [0, 1, 2])
+    with pytest.raises(ZeroDivisionError):
+        fits_in_memory(lambda rows: 1 / 0, [0, 1])
+
+
+@contextmanager
+def capped(n_bytes):
+    """Let this process hold no more than so many bytes of the GPU beside what it has."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    reading = read_memory(torch.device("cuda"))
+    torch.cuda.set_per_process_memory_fraction((reading.held + n_bytes) / reading.total)
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+@pytest.fixture(scope="module")
+def parts():
+    base = load_base("dummy:tiny", device="cuda", dtype="float32")
+    adapters = [load_adapter(f"dummy:tiny/q_proj,v_proj/r8#{seed}", name=str(seed)) for seed in range(3)]
+    return assemble_parts(base, adapters, base_name="dummy:tiny", kind="layer")
+
+
+def make_evaluator(parts, budget):
+    prompts = make_prompts()
+    case = parts.model, parts.stacked, parts.groups, prompts
+    plan_budget(*case, budget, n_kept=sum(map(len, prompts.scored)))
+    return PopulationEvaluator(*case, expert_signals(*case, budget), Scoring(), budget)
+
+
+@pytest.mark.gpu
+def test_a_cap_is_read_and_kept_to(parts):
+    with capped(3 * GIB):
+        reading = read_memory(parts.model.device)
+        assert reading.limit <= reading.held + 3 * GIB + 2**20
+        assert reading.available <= 3 * GIB + reading.held - reading.used
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("n_mib", [256, 2048])
+def test_scores_gradients_and_any_population_fit_under_a_cap(parts, n_mib):
+    budget = TokenBudget(8192, by_memory=True)
+    with capped(n_mib * 2**20):
+        evaluator = make_evaluator(parts, budget)
+        table = torch.rand(200, *parts.shape, generator=torch.Generator().manual_seed(0)).double().numpy()
+        losses = evaluator.score(table).losses
+        gradient = evaluator.gradient(table[0])
+    assert budget.bytes_per_token > 0
+    assert evaluator.graph_budget.bytes_per_token > 0
+    assert 1 <= evaluator.graph_budget.tokens_per_forward <= MOST_TOKENS
+    assert budget.tokens_per_forward * budget.bytes_per_token <= n_mib * 2**20
+    alone = make_evaluator(parts, TokenBudget(64))
+    assert losses == pytest.approx(alone.score(table).losses, abs=0.02)
+    assert gradient.loss == pytest.approx(losses[0], abs=0.02)
+
+
+@pytest.mark.gpu
+def test_a_number_that_was_asked_for_stays_and_so_does_what_ran_out(parts):
+    budget = TokenBudget(48)
+    evaluator = make_evaluator(parts, budget)
+    evaluator.gradient(torch.zeros(parts.shape).double().numpy())
+    assert budget.tokens_per_forward == evaluator.graph_budget.tokens_per_forward == 48
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("cost", COSTS)
+def test_batches_of_answers_shrink_with_the_memory(parts, cost):
+    with capped(8 * GIB):
+        most = largest_batch(parts.model, cost, MOST_WRITTEN_TOKENS)
+    with capped(64 * 2**20):
+        least = largest_batch(parts.model, cost, MOST_WRITTEN_TOKENS)
+    assert 1 <= least < most <= MOST_WRITTEN_TOKENS
