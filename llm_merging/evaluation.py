@@ -17,14 +17,21 @@ from tqdm import tqdm
 from llm_merging.data import GENERATION, MULTIPLE_CHOICE, Query, check_lengths
 from llm_merging.model.decoder_functions import encode_choice, encode_input
 from search.files import atomic_write
-from search.memory import MOST_TOKENS, MOST_WRITTEN_TOKENS, choosing_cost, largest_batch, writing_cost
+from search.memory import (
+    ANSWER_TOKENS_ELSEWHERE,
+    MOST_TOKENS,
+    MOST_WRITTEN_TOKENS,
+    choosing_cost,
+    largest_batch,
+    writing_cost,
+)
 
 TOKENS_PER_BATCH = {
     MULTIPLE_CHOICE: (choosing_cost, MOST_TOKENS),
     GENERATION: (writing_cost, MOST_WRITTEN_TOKENS),
 }
 """On a CUDA device: what a batch of so many tokens, rows x longest row, takes, and the most tokens."""
-TOKENS_PER_BATCH_ELSEWHERE = 4096
+TOKENS_PER_BATCH_ELSEWHERE = ANSWER_TOKENS_ELSEWHERE
 KINDS = (MULTIPLE_CHOICE, GENERATION)
 EMPTY_PREDICTION = "unknown"
 """Written for an empty answer: the leaderboard refuses empty cells."""

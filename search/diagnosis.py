@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from search.forecast import Forecast, SearchPlan, Timetable
 
+GIB = 2**30
 ENOUGH_GENERATIONS = 20
 """Of fewer, CMA makes little."""
 
@@ -95,6 +96,49 @@ class PromptFacts:
         return self.n_adapters * self.searched * self.tokens_per_prompt
 
 
+@dataclass(frozen=True, slots=True)
+class BatchFacts:
+    """What is computed at once."""
+
+    tokens: int
+    n_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryPlan:
+    """What a run of full size takes on the device, in bytes, and in what batches it works."""
+
+    is_measured: bool
+    """Forwards on the device were; else all but the weights follows from the model's shape."""
+    usable_bytes: int
+    """What the process may hold, with a reserve left free."""
+    base_bytes: int
+    adapters_bytes: int
+    signals_bytes: int
+    """What the experts say on all prompts."""
+    scoring: BatchFacts
+    gradient: BatchFacts | None
+    """None where none is configured."""
+    prompts: BatchFacts
+    answers: BatchFacts
+    choices: BatchFacts
+    tokens_asked: int | None
+    """search.tokens_per_forward."""
+
+    @property
+    def search_bytes(self) -> int:
+        """While candidates are scored, or the gradient is taken."""
+        largest = max(self.scoring.n_bytes, self.gradient.n_bytes if self.gradient else 0)
+        return self.base_bytes + self.adapters_bytes + self.signals_bytes + largest
+
+    @property
+    def needed_bytes(self) -> int:
+        """At most, of all phases."""
+        writing = self.base_bytes + self.adapters_bytes + self.prompts.n_bytes
+        answering = self.base_bytes + max(self.answers.n_bytes, self.choices.n_bytes)
+        return max(self.search_bytes, writing, answering)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryFacts:
     """Bytes on the device: of the GPU, or of the whole process."""
@@ -106,6 +150,7 @@ class MemoryFacts:
     available_bytes: int
     tokens_per_forward: int | None
     """What a forward pass was cut down to; None where memory did not run out."""
+    plan: MemoryPlan
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -179,11 +224,37 @@ def _advise_on_memory(found: Diagnosis) -> Iterator[str]:
             "memory ran out, and each time the work is done again: set search.tokens_per_forward to "
             f"{memory.tokens_per_forward}, which fitted"
         )
-    if memory.expected_bytes > memory.available_bytes:
+    plan = memory.plan
+    if plan.is_measured:
+        yield from _advise_on_plan(plan)
+    elif memory.expected_bytes > memory.available_bytes:
         yield (
             f"about {memory.expected_bytes / 1e9:.1f} GB are needed, {memory.available_bytes / 1e9:.1f} GB "
             "are there. Lower prompts.per_adapter, prompts.unseen_per_adapter or prompts.max_new_tokens "
             "(what is kept for each scored token), or search.tokens_per_forward (what is computed at once)"
+        )
+
+
+def _advise_on_plan(plan: MemoryPlan) -> Iterator[str]:
+    """Name the first thing that leaves no room, and the setting that it follows from."""
+    usable, weights = plan.usable_bytes, plan.base_bytes + plan.adapters_bytes
+    if plan.needed_bytes <= usable:
+        return
+    found = f"{plan.needed_bytes / GIB:.1f} GiB are needed, {usable / GIB:.1f} GiB can be used"
+    if plan.tokens_asked and plan.search_bytes > usable > weights + plan.signals_bytes:
+        yield (
+            f"{found}: search.tokens_per_forward is {plan.tokens_asked}. Leave it out, and it follows from "
+            "the memory"
+        )
+    elif weights + plan.signals_bytes > usable > weights:
+        yield (
+            f"{found}: what the experts say takes {plan.signals_bytes / GIB:.1f}. Lower prompts.per_adapter, "
+            "prompts.unseen_per_adapter or prompts.max_new_tokens"
+        )
+    else:
+        yield (
+            f"{found}: base and adapters take {weights / GIB:.1f}. Choose a narrower base.dtype or a smaller "
+            "base, free the device, or raise the process's share of it"
         )
 
 

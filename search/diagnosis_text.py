@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from search.diagnosis import Diagnosis, advise
+from search.diagnosis import GIB, BatchFacts, Diagnosis, MemoryPlan, advise
 from search.loop import CAUTION
 from search.summary import ENDINGS
 from search.trust import SURE
@@ -22,6 +22,7 @@ def describe_diagnosis(found: Diagnosis) -> str:
         _show_adapters(found),
         _show_stages(found),
         _show_times(found),
+        _show_memory(found.memory.plan),
         [f"the search: {_foretell(found)}"],
         [f"- {line}." for line in advice] or ["It fits; nothing to change."],
     )
@@ -142,6 +143,31 @@ def _show_times(found: Diagnosis) -> list[str]:
     if found.gradient_s is not None:
         steps.append(("one gradient step", f"{found.gradient_s:.3g}", "on all searched prompts"))
     return _align([("phase", "seconds", "estimated, where not measured"), *shown, *steps])
+
+
+def _show_memory(plan: MemoryPlan) -> list[str]:
+    how = "measured" if plan.is_measured else "estimated from the model's shape"
+    rows = [
+        ("memory", "GiB", f"forwards are {how}"),
+        ("base", *_in_gib(plan.base_bytes, "held throughout")),
+        ("all adapters", *_in_gib(plan.adapters_bytes, "until the merge")),
+        ("experts' signals", *_in_gib(plan.signals_bytes, "for all prompts, until the merge")),
+        ("one batch of prompts", *_in_batch(plan.prompts)),
+        ("one scoring forward", *_in_batch(plan.scoring)),
+        *([("one gradient", *_in_batch(plan.gradient))] if plan.gradient else []),
+        ("one batch of answers", *_in_batch(plan.answers)),
+        ("one batch of choices", *_in_batch(plan.choices)),
+        ("at most", *_in_gib(plan.needed_bytes, f"of {plan.usable_bytes / GIB:.1f} that can be used")),
+    ]
+    return _align(rows)
+
+
+def _in_gib(n_bytes: int, note: str) -> tuple[str, str]:
+    return f"{n_bytes / GIB:.3g}", note
+
+
+def _in_batch(batch: BatchFacts) -> tuple[str, str]:
+    return _in_gib(batch.n_bytes, f"{batch.tokens:,} tokens at a time")
 
 
 def _all_seconds(found: Diagnosis) -> Sequence[float]:

@@ -5,7 +5,6 @@ folder, and leaves judgement and wording to others.
 """
 
 import logging
-import os
 import tempfile
 import time
 from dataclasses import replace
@@ -19,13 +18,13 @@ from search.diagnosis import (
     AdapterFacts,
     BaseFacts,
     Diagnosis,
-    MemoryFacts,
     PriorFacts,
     PromptFacts,
     StageFacts,
 )
 from search.ending import estimate_finalists_s
 from search.errors import InputError
+from search.footprint import foresee_memory
 from search.forecast import SearchPlan, Timetable, forecast_search, race_seconds
 from search.optimizer import DIAGONAL_ABOVE
 from search.parts import Parts, identify_parts
@@ -88,7 +87,7 @@ def _diagnose(setup: Setup, trial: Trial, reserve_s: float, load_s: float) -> Di
         times=times,
         plan=plan,
         forecast=forecast_search(times, plan),
-        memory=_foresee_memory(setup.parts, trial, prompts),
+        memory=foresee_memory(setup, trial, prompts),
     )
 
 
@@ -185,27 +184,3 @@ def _foresee_times(setup: Setup, trial: Trial, prompts: PromptFacts, gradient_s:
         finalists_s=refine_s + judge_s,
         merge_s=trial.rehearsal_s + cost.seconds(1, prompts.tokens_per_candidate),
     )
-
-
-def _foresee_memory(parts: Parts, trial: Trial, prompts: PromptFacts) -> MemoryFacts:
-    """Add what is kept of each further prompt: the expert's log-probabilities at each scored position."""
-    written = trial.prompts.searched, trial.prompts.unseen
-    n_scored = sum(len(positions) for part in written for positions in part.scored)
-    n_vocab = parts.model.config.get_text_config().vocab_size
-    bytes_each = max(4, parts.model.dtype.itemsize)
-    device, events = parts.model.device, trial.steering.budget.oom_events
-    return MemoryFacts(
-        peak_bytes=trial.peak_bytes,
-        expected_bytes=trial.peak_bytes
-        + round(max(0.0, prompts.growth - 1) * n_scored * n_vocab * bytes_each),
-        available_bytes=_available_memory(device),
-        tokens_per_forward=events[-1]["tokens_per_forward"] if events else None,
-    )
-
-
-def _available_memory(device: torch.device) -> int:
-    """Bytes: on a GPU what others leave, else what the machine has."""
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return free + torch.cuda.memory_reserved(device)
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -21,15 +21,13 @@ from search.locate import DUMMY
 
 RELATIVE_NORM = 0.1
 """||Delta|| / ||W|| (Frobenius) of each module of a random adapter; trained ones have 0.05 to 0.15."""
-STANDARD_DEVIATION = 0.02
-"""Of the base's weights, as transformers draws them."""
 EMBEDDING_DEVIATION = 1.0
 """Of its embeddings, which transformers draws like all else: attention's mean over the text then drowns which
 token came last, and a third of greedy answers are loops (1,024 wide, 8 layers; with 1.0 none of them is)."""
 SCALING = 2.0
 LETTERS = "etaoinshrdlcumwfgypbvkjxqz"
 """The most frequent ones first: the vocabulary ends before all groups of three are in."""
-ARCHITECTURES: dict[str, dict[str, int]] = {
+ARCHITECTURES: dict[str, dict[str, float]] = {
     "mistral-7b": {  # config.json of mistralai/Mistral-7B-v0.1; all else is MistralConfig's default
         "hidden_size": 4096,
         "num_hidden_layers": 32,
@@ -40,7 +38,8 @@ ARCHITECTURES: dict[str, dict[str, int]] = {
         "max_position_embeddings": 32768,
         "sliding_window": 4096,
     },
-    "tiny": {  # for a CPU
+    "tiny": {  # for a CPU; a layer changes its input as much as above: 0.16 * sqrt(64) = 0.02 * sqrt(4096)
+        "initializer_range": 0.16,
         "hidden_size": 64,
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
@@ -132,7 +131,8 @@ def make_factors(source: str) -> RandomFactors:
     if unknown := [name for name in wanted if name not in known]:
         raise InputError(f"adapter {source!r}: no module {unknown[0]!r}; known: {', '.join(sorted(known))}.")
     gen = torch.Generator().manual_seed(int(parts["seed"]))
-    spread = (RELATIVE_NORM * STANDARD_DEVIATION / SCALING) ** 0.5 / rank**0.25  # s_A = s_B
+    deviation = architecture(base).initializer_range
+    spread = (RELATIVE_NORM * deviation / SCALING) ** 0.5 / rank**0.25  # s_A = s_B
     factors = {
         name: (
             spread * torch.randn(rank, module.in_features, generator=gen),

@@ -19,6 +19,8 @@ RESERVED_SHARE = 0.05
 MOST_WRITTEN_TOKENS = 65_536
 """Rows x tokens written together. Writing wants 64 rows even of prompts of 1,000 tokens: a step reads all
 weights, however few the rows."""
+ANSWER_TOKENS_ELSEWHERE = 4096
+"""In a batch of answers where there is no CUDA device."""
 MOST_PREFILL_TOKENS, LEAST_PREFILL_TOKENS = 16_384, 4096
 """Of one forward over prompts that are to be continued: the least keeps a card busy."""
 

@@ -8,8 +8,10 @@ import pytest
 from search.diagnosis import (
     AdapterFacts,
     BaseFacts,
+    BatchFacts,
     Diagnosis,
     MemoryFacts,
+    MemoryPlan,
     PriorFacts,
     PromptFacts,
     StageFacts,
@@ -42,6 +44,22 @@ TIMES = Timetable(
 )
 
 
+GIB = 2**30
+PLAN = MemoryPlan(
+    is_measured=True,
+    usable_bytes=22 * GIB,
+    base_bytes=14 * GIB,
+    adapters_bytes=1 * GIB,
+    signals_bytes=2 * GIB,
+    scoring=BatchFacts(8192, 2 * GIB),
+    gradient=BatchFacts(512, 4 * GIB),
+    prompts=BatchFacts(16384, 4 * GIB),
+    answers=BatchFacts(32768, 7 * GIB),
+    choices=BatchFacts(8192, 6 * GIB),
+    tokens_asked=None,
+)
+
+
 def diagnosis(*, max_evaluations=320, **changes):
     """Return one in which all is well, but for the changes."""
     times = changes.get("times", TIMES)
@@ -71,6 +89,7 @@ def diagnosis(*, max_evaluations=320, **changes):
             expected_bytes=700_000_000,
             available_bytes=8_000_000_000,
             tokens_per_forward=None,
+            plan=PLAN,
         ),
     )
     return replace(well, **changes)
@@ -122,10 +141,42 @@ def test_memory_that_ran_out_gives_the_batch_that_fitted():
 
 
 def test_memory_that_will_run_out_is_told_with_what_takes_it():
-    line = only_advice(diagnosis(memory=replace(diagnosis().memory, expected_bytes=9_500_000_000)))
+    line = only_advice(
+        diagnosis(
+            memory=replace(
+                diagnosis().memory, expected_bytes=9_500_000_000, plan=replace(PLAN, is_measured=False)
+            )
+        )
+    )
     assert line.startswith("about 9.5 GB are needed, 8.0 GB are there")
     assert "prompts.per_adapter" in line
     assert "search.tokens_per_forward" in line
+
+
+def test_a_plan_says_what_each_phase_takes_and_the_most_of_them():
+    assert PLAN.search_bytes == PLAN.needed_bytes == 21 * GIB
+    assert replace(PLAN, gradient=None).search_bytes == 19 * GIB
+    assert replace(PLAN, answers=BatchFacts(65536, 20 * GIB)).needed_bytes == 34 * GIB
+    text = describe_diagnosis(diagnosis())
+    assert "one gradient          4    512 tokens at a time" in text
+    assert "at most               21   of 22.0 that can be used" in text
+    assert "forwards are measured" in text
+
+
+@pytest.mark.parametrize(
+    ("changes", "cure"),
+    [
+        ({"usable_bytes": 12 * GIB}, "base and adapters take 15.0. Choose a narrower base.dtype"),
+        ({"signals_bytes": 9 * GIB}, "what the experts say takes 9.0. Lower prompts.per_adapter"),
+        (
+            {"scoring": BatchFacts(65536, 16 * GIB), "tokens_asked": 65536},
+            "search.tokens_per_forward is 65536. Leave it out",
+        ),
+    ],
+)
+def test_a_plan_that_does_not_fit_names_the_setting(changes, cure):
+    memory = replace(diagnosis().memory, plan=replace(PLAN, **changes))
+    assert cure in only_advice(diagnosis(memory=memory))
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,13 @@ from tests.test_priors import make_prior
 from tests.test_setup import spoil
 
 ROOT = Path(__file__).parents[1]
+DUMMIES = """
+base: dummy:tiny
+objective: {weak_signal_nats: 0}
+adapters:
+  - {source: "dummy:tiny/q_proj,v_proj/r8#1", name: one}
+  - {source: "dummy:tiny/q_proj,v_proj/r8#2", name: two}
+"""
 QUICK = (
     *("device=cpu", "prompts.per_adapter=3", "prompts.unseen_per_adapter=4", "prompts.max_new_tokens=10"),
     "objective.weak_signal_nats=0",  # without skeletons all would be weak
@@ -88,6 +95,37 @@ def test_seconds_and_memory_are_measured(found):
     assert min(times.generation_s, times.finalists_s, times.merge_s, found.candidate_s) > 0
     assert times.search_s == pytest.approx(1200, abs=60)
     assert 0 < found.memory.peak_bytes < found.memory.expected_bytes < found.memory.available_bytes
+
+
+def test_on_a_cpu_the_plan_has_the_batches_of_always_and_estimates_what_they_take(found, configure):
+    plan, parts = found.memory.plan, load_setup(configure()).parts
+    assert not plan.is_measured
+    assert plan.base_bytes == 4 * sum(parameter.numel() for parameter in parts.model.parameters())
+    assert (plan.scoring.tokens, plan.answers.tokens, plan.choices.tokens) == (1024, 4096, 4096)
+    assert plan.gradient is None
+    assert 0 < plan.signals_bytes < plan.needed_bytes < plan.usable_bytes < found.memory.available_bytes
+    assert "forwards are estimated from the model's shape" in describe_diagnosis(found)
+
+
+@pytest.fixture(scope="module")
+def on_gpu(tmp_path_factory):
+    """A diagnosis of random weights on a GPU."""
+    dummies = tmp_path_factory.mktemp("dummies") / "dummies.yaml"
+    dummies.write_text(DUMMIES)
+    small = ("prompts.per_adapter=2", "prompts.unseen_per_adapter=2", "prompts.max_new_tokens=8")
+    gradient = "search.gradient={refine_steps: 2}"
+    return examine(load_config(dummies, ["device=cuda", gradient, *small]))
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_the_plan_is_measured_and_fits(on_gpu):
+    plan = on_gpu.memory.plan
+    assert plan.is_measured
+    assert plan.gradient.n_bytes > 0
+    assert plan.needed_bytes <= plan.usable_bytes < on_gpu.memory.available_bytes
+    assert plan.scoring.tokens == 16_384 >= plan.gradient.tokens
+    assert plan.answers.tokens == 65_536
+    assert not [line for line in advise(on_gpu) if "GiB" in line]
 
 
 def test_the_toy_zoo_fits_and_the_report_can_be_shown_and_written(found):

@@ -37,6 +37,7 @@ LAYERS = (
     {"steering"},
     {"ending", "setup"},
     {"phases", "steps", "trial"},
+    {"footprint"},
     {"doctor", "run"},
     {"__init__", "__main__"},
 )

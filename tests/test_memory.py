@@ -32,7 +32,7 @@ from search.memory import (
     writing_cost,
 )
 from search.parts import assemble_parts
-from tests.test_experts import make_prompts
+from tests.test_experts import make_prompts, stack
 from tests.toys import make_model
 
 GIB = 2**30
@@ -132,6 +132,76 @@ def test_a_cpu_has_no_plan_and_keeps_its_defaults():
     budget = TokenBudget(1024, by_memory=True)
     budget.plan(model.device, [3], [1], lambda rows: pytest.fail("measured"))
     assert (budget.tokens_per_forward, budget.bytes_per_token) == (1024, None)
+
+
+@pytest.fixture
+def pretend(monkeypatch):
+    """Let a CUDA device have so much memory, and a step take so much; return the steps that were asked for."""
+
+    def make(available, peak):
+        asked = []
+
+        def measure(device, step):
+            step()
+            if peak is None:
+                raise torch.OutOfMemoryError("no memory")
+            return peak
+
+        monkeypatch.setattr("search.experts.measure_peak", measure)
+        free = int(available / 0.95)
+        monkeypatch.setattr("search.experts.read_memory", lambda device: Reading(free, free, 0, 0))
+        return asked
+
+    return make
+
+
+def test_a_budget_follows_once_from_what_a_small_step_takes_and_what_is_to_be_kept(pretend):
+    asked = pretend(available=1_000_001, peak=2_000)
+    budget = TokenBudget(8192, by_memory=True)
+    for _ in range(2):
+        budget.plan(torch.device("cuda"), [300, 20, 200], [1, 10, 150], asked.append, kept_bytes=500_000)
+    assert asked == [[2, 1]]  # the densest that fit 256 tokens
+    assert budget.bytes_per_token == 2_000 / 220
+    assert budget.tokens_per_forward == 16_384 == pick_tokens(500_000, 2_000 / 220)
+    tight = TokenBudget(8192, by_memory=True)
+    tight.plan(torch.device("cuda"), [300, 20, 200], [1, 10, 150], asked.append, kept_bytes=990_000)
+    assert tight.tokens_per_forward == 1024
+
+
+def test_where_not_even_the_small_step_fits_one_row_is_tried_at_a_time(pretend):
+    asked = pretend(available=100, peak=None)
+    budget = TokenBudget(8192, by_memory=True)
+    budget.plan(torch.device("cuda"), [10, 10], [1, 1], asked.append)
+    assert asked == [[0, 1]]
+    assert (budget.tokens_per_forward, budget.bytes_per_token) == (1, None)
+
+
+def test_a_number_that_was_asked_for_is_not_planned(pretend):
+    asked = pretend(available=10**9, peak=1)
+    budget = TokenBudget(48)
+    budget.plan(torch.device("cuda"), [10], [1], asked.append)
+    assert (asked, budget.tokens_per_forward) == ([], 48)
+
+
+def test_signals_and_gradients_can_be_measured_on_some_rows_and_change_nothing(monkeypatch, toy_adapters):
+    model, prompts = make_model("llama"), make_prompts()
+    stacked, groups = stack(toy_adapters("llama"))
+    case, table = (model, stacked, groups, prompts), torch.full((len(groups.names), 3), 0.3).double().numpy()
+    signals = expert_signals(*case)
+    expected = PopulationEvaluator(*case, signals, Scoring()).gradient(table)
+    planned = []
+
+    def plan(self, device, lengths, n_scored, step, kept_bytes=0):
+        assert len(lengths) == len(n_scored) == prompts.n_prompts
+        step([2, 1])
+        planned.append(kept_bytes)
+
+    monkeypatch.setattr(TokenBudget, "plan", plan)
+    plan_budget(*case, budget := TokenBudget(1024, by_memory=True), n_kept=7)
+    found = PopulationEvaluator(*case, signals, Scoring(), budget).gradient(table)
+    assert planned == [7 * 48 * 8, 0]
+    assert found.loss == expected.loss
+    assert (found.gradient == expected.gradient).all()
 
 
 def test_a_step_fits_or_not_and_other_errors_are_not_a_lack_of_memory():

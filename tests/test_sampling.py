@@ -60,6 +60,25 @@ def test_rows_of_unequal_length_go_on_as_they_would_alone(architecture, temperat
     assert together == sample_slowly(model, PREFIXES, how)
 
 
+def test_rows_that_do_not_fit_together_are_written_in_halves(monkeypatch):
+    prefixes = [[1, 2, 3], [4], [5, 6], [7, 8], [9]]
+    model, tried = make_model("llama"), []
+    whole = sample(model, prefixes)
+    decode = sampling._decode_until_half_done
+
+    def greedy(batch, new, *rest):
+        tried.append(len(batch.rows))
+        if len(batch.rows) > 2:
+            new[batch.rows[0]].append(0)  # half done when memory runs out
+            raise torch.OutOfMemoryError("no memory")
+        return decode(batch, new, *rest)
+
+    monkeypatch.setattr(sampling, "_decode_until_half_done", greedy)
+    assert sample(model, prefixes) == whole
+    assert tried[0] == 5
+    assert max(tried[1:]) == 2
+
+
 @pytest.mark.gpu
 def test_a_gpu_gives_the_cpus_tokens():
     model = make_model("llama", dtype=torch.float32)
