@@ -97,7 +97,7 @@ class PopulationEvaluator:
         self._model, self._stacked, self._groups = model, stacked, groups
         self._prompts, self._signals, self._scoring = prompts, signals, scoring
         tokens_per_forward = scoring.tokens_per_forward or default_token_budget(model.device)
-        self._budget = budget or TokenBudget(tokens_per_forward)
+        self._budget = budget or TokenBudget(tokens_per_forward, by_memory=scoring.tokens_per_forward is None)
         self._graph_budget = replace(self._budget, bytes_per_token=None)  # more memory; same list of events
         n_scored = torch.tensor([len(scored) for scored in prompts.scored])
         self._n_scored, self._expert = n_scored.double(), torch.from_numpy(prompts.expert)

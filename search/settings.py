@@ -129,7 +129,7 @@ class SearchSettings(ConfigSection):
     n_finalists: Count = 8
     """Best candidates scored again on prompts that the search has not seen."""
     tokens_per_forward: Count | None = None
-    """Tokens in one forward pass; chosen by device when not given."""
+    """Tokens in one forward pass; when not given, a CUDA device's free memory says (search/memory.py)."""
 
     @property
     def prior_path(self) -> Path:

@@ -136,7 +136,7 @@ def test_a_cpu_has_no_plan_and_keeps_its_defaults():
 
 @pytest.fixture
 def pretend(monkeypatch):
-    """Let a CUDA device have so much memory, and a step take so much; return the steps that were asked for."""
+    """Let a CUDA device have so much memory and a step take so much; return the list to record steps in."""
 
     def make(available, peak):
         asked = []

@@ -62,7 +62,7 @@ def test_rows_of_unequal_length_go_on_as_they_would_alone(architecture, temperat
 
 def test_rows_that_do_not_fit_together_are_written_in_halves(monkeypatch):
     prefixes = [[1, 2, 3], [4], [5, 6], [7, 8], [9]]
-    model, tried = make_model("llama"), []
+    model, tried = make_model("llama", dtype=torch.float32), []
     whole = sample(model, prefixes)
     decode = sampling._decode_until_half_done
 
