@@ -95,7 +95,7 @@ class TokenBudget:
         try:
             peak_bytes = measure_peak(device, lambda: step(rows))
         except torch.OutOfMemoryError:  # some rows did not fit: one is tried when its turn comes
-            self.tokens_per_forward = 1
+            self.tokens_per_forward, self.by_memory = 1, False
             return
         self.bytes_per_token = peak_bytes / sum(lengths[row] for row in rows)
         if reading := read_memory(device):

@@ -123,8 +123,9 @@ def test_on_a_gpu_the_plan_is_measured_and_fits(on_gpu):
     assert plan.is_measured
     assert plan.gradient.n_bytes > 0
     assert plan.needed_bytes <= plan.usable_bytes < on_gpu.memory.available_bytes
-    assert plan.scoring.tokens == 16_384 >= plan.gradient.tokens
-    assert plan.answers.tokens == 65_536
+    assert 1 <= plan.scoring.tokens <= 16_384
+    assert 1 <= plan.gradient.tokens <= 16_384
+    assert 4096 <= plan.answers.tokens <= 65_536
     assert not [line for line in advise(on_gpu) if "GiB" in line]
 
 
