@@ -266,7 +266,8 @@ def plan_budget(
     """
 
     def ask(rows: list[int]) -> None:
-        expert_signals(model, stacked, groups, prompts.select(rows), TokenBudget(sum(lengths)))
+        at_once = TokenBudget(len(rows) * max(lengths))
+        expert_signals(model, stacked, groups, prompts.select(rows), at_once)
 
     lengths, n_scored = [len(ids) for ids in prompts.ids], [len(scored) for scored in prompts.scored]
     kept_bytes = n_kept * model.config.get_text_config().vocab_size * model.dtype.itemsize

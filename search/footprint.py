@@ -62,18 +62,21 @@ def _plan(setup: Setup, trial: Trial, prompts: PromptFacts, signals_bytes: int) 
     one_prompt = round(prompts.tokens_per_prompt)
     n_candidates = setup.config.search.n_candidates
 
-    def pass_batch(budget: TokenBudget, estimate: int, n_tokens: float) -> BatchFacts:
+    layers = [model.get_submodule(name) for name in stacked.modules]
+    folded_bytes = 0 if on_cuda else _bytes_of(layer.weight for layer in layers)  # of one candidate
+
+    def pass_batch(budget: TokenBudget, estimate: int, n_tokens: float, beside: int = 0) -> BatchFacts:
         each = budget.bytes_per_token or estimate
         tokens = budget.tokens_per_forward
         if on_cuda and asked is None:
             tokens = pick_tokens(usable - base_bytes - adapters_bytes - signals_bytes, each)
-        return BatchFacts(tokens, round(max(one_prompt, min(tokens, n_tokens)) * each))
+        return BatchFacts(tokens, beside + round(max(one_prompt, min(tokens, n_tokens)) * each))
 
     def batch(cost: Callable[..., int], most: int, beside: int, elsewhere: int) -> BatchFacts:
         tokens = largest_fit(usable - beside, lambda n: cost(shape, n), most) if on_cuda else elsewhere
         return BatchFacts(tokens, cost(shape, tokens))
 
-    n_tokens = prompts.tokens_per_candidate
+    n_tokens, estimate = prompts.tokens_per_candidate, shape.forward + shape.logits(1)
     has_gradient = trial.gradient_s is not None
     graph_budget = steering.searched.graph_budget
     return MemoryPlan(
@@ -82,7 +85,7 @@ def _plan(setup: Setup, trial: Trial, prompts: PromptFacts, signals_bytes: int) 
         base_bytes=base_bytes,
         adapters_bytes=adapters_bytes,
         signals_bytes=signals_bytes,
-        scoring=pass_batch(steering.budget, shape.forward + shape.logits(1), n_candidates * n_tokens),
+        scoring=pass_batch(steering.budget, estimate, n_candidates * n_tokens, folded_bytes),
         gradient=pass_batch(graph_budget, shape.graph, n_tokens) if has_gradient else None,
         prompts=batch(sampling_cost, MAX_CACHED_TOKENS, base_bytes + adapters_bytes, MAX_CACHED_TOKENS),
         answers=batch(writing_cost, MOST_WRITTEN_TOKENS, base_bytes, ANSWER_TOKENS_ELSEWHERE),
