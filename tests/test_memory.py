@@ -8,8 +8,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from llm_merging.data import GENERATION, MULTIPLE_CHOICE, Query
+from llm_merging.evaluation import answer_queries
+from llm_merging.merging.Merges import Merges
+from search import Trace, run_search
 from search.adapters import load_adapter
 from search.base import load_base, load_shapes
+from search.config import load_config
 from search.evaluate import PopulationEvaluator, Scoring
 from search.experts import TokenBudget, expert_signals, plan_budget
 from search.memory import (
@@ -36,6 +41,16 @@ from tests.test_experts import make_prompts, stack
 from tests.toys import make_model
 
 GIB = 2**30
+DUMMIES = """
+device: cuda
+base: {source: "dummy:tiny", dtype: float32}
+objective: {weak_signal_nats: 0}
+search: {max_evaluations: 32, n_candidates: 8, gradient: {refine_steps: 2}}
+prompts: {per_adapter: 2, unseen_per_adapter: 2, max_new_tokens: 8}
+adapters:
+  - {source: "dummy:tiny/q_proj,v_proj/r8#1", name: one}
+  - {source: "dummy:tiny/q_proj,v_proj/r8#2", name: two}
+"""
 SIZES = st.integers(0, 200 * GIB)
 MISTRAL = Shape(
     n_layers=32,
@@ -285,3 +300,34 @@ def test_batches_of_answers_shrink_with_the_memory(parts, cost):
     with capped(64 * 2**20):
         least = largest_batch(parts.model, cost, MOST_WRITTEN_TOKENS)
     assert 1 <= least < most <= MOST_WRITTEN_TOKENS
+
+
+@pytest.fixture
+def dummies(tmp_path):
+    (tmp_path / "dummies.yaml").write_text(DUMMIES)
+    return load_config(tmp_path / "dummies.yaml")
+
+
+@pytest.mark.gpu
+def test_a_whole_search_fits_under_a_cap_and_records_its_batches(dummies, tmp_path):
+    with capped(512 * 2**20):
+        result = run_search(dummies, output=tmp_path / "run")
+    assert result.ended_by == "evaluations"
+    assert 1 <= Trace.load(tmp_path / "run/trace.jsonl").last("signals")["tokens_per_forward"] <= MOST_TOKENS
+
+
+@pytest.mark.gpu
+def test_64_rows_and_more_are_answered_together_under_a_cap_as_they_are_in_small_batches(dummies):
+    method, rows = Merges("base", dummies), []
+    method._load_everything()
+    write = method.generate
+    method.generate = lambda batch: rows.append(len(batch["input"])) or write(batch)
+    texts = [f"Question {i}: " + "what is it? " * (i % 9) for i in range(96)]
+    queries = [Query(f"g{i}", text, GENERATION) for i, text in enumerate(texts)]
+    queries += [Query(f"c{i}", text, MULTIPLE_CHOICE, ("yes", "no", "it is")) for i, text in enumerate(texts)]
+    with capped(GIB):
+        together = answer_queries(method, queries, progress=False)
+    assert max(rows) >= 64
+    few = answer_queries(method, queries, tokens_per_batch=1024, progress=False)
+    same = [one == other for one, other in zip(together, few, strict=True)]
+    assert sum(same) >= 0.9 * len(same)  # sums in another order may decide between two tokens
