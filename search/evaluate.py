@@ -42,7 +42,7 @@ _LogitsOf = Callable[
 class Scoring:
     """What a loss is."""
 
-    objective: Objective = "entropy_excess"
+    objective: Objective = "excess_and_top1"
     combine: str = "mean_sqrt"
     floor_nats: float = 0.02
     """The least that the base's value, which an expert's is divided by, counts for."""
