@@ -58,7 +58,7 @@ def send(tensor: Tensor, device: torch.device) -> Tensor:
     """Copy to a device, without waiting for what it is doing where no gradient has to come back."""
     if device.type != "cuda" or tensor.device == device or tensor.requires_grad:
         return tensor.to(device)
-    return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.contiguous().pin_memory().to(device, non_blocking=True)  # an expanded one cannot be pinned
 
 
 def _find_layer(model: nn.Module, name: str) -> tuple[nn.Module, str, nn.Module]:
