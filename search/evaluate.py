@@ -34,9 +34,8 @@ from search.racing import BlockScores
 from search.space import FloatArray
 from search.stack import StackedFactors
 
-_LogitsOf = Callable[
-    [list[int], list[int]], Tensor
-]  # (candidates, prompts), row by row -> (n_scored, n_vocab)
+# (candidates, prompts), row by row -> (n_scored, n_vocab)
+_LogitsOf = Callable[[list[int], list[int]], Tensor]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,7 +51,7 @@ class Scoring:
     compiled: bool | None = False
     """Decoder layers compiled, where that pays (None), or not: not before a GPU has measured it."""
     n_ahead: int = 0
-    """Candidates that are to be scored, which what compiling costs is weighed against."""
+    """Candidates to be scored, which what compiling costs is weighed against."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -89,7 +88,7 @@ class PopulationEvaluator:
         """Score the base, at one candidate's cost.
 
         Args:
-            budget: what is known to fit into memory; a new one, from `scoring`, when None.
+            budget: of tokens a forward pass; a new one, from `scoring`, when None.
 
         Raises:
             ValueError: if an expert has no prompt.
@@ -122,10 +121,7 @@ class PopulationEvaluator:
         return self._budget.oom_events
 
     def score_blocks(self, coefficients: FloatArray, blocks: ArrayLike) -> BlockScores:
-        """Score coefficients (n_candidates, n_groups, n_adapters) on the prompts of some blocks.
-
-        Sums over disjoint blocks add up to the sums over all of them.
-        """
+        """Score coefficients (n_candidates, n_groups, n_adapters) on some blocks, whose sums add up."""
         if self._model.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._model.device)
         prompts = np.flatnonzero(np.isin(self._block_of, blocks))
@@ -179,7 +175,7 @@ class PopulationEvaluator:
     def gradient(self, coefficients: FloatArray) -> GradientScores:
         """Differentiate the loss of coefficients (n_groups, n_adapters) on all prompts.
 
-        Of an objective with a flat part it is the loss by the other part alone: weighed by both, those experts
+        Of an objective with a flat part it is the loss by the other part alone: weighed by both, the experts
         that are furthest away would count least.
 
         Where all prompts fit one forward pass, one graph does. Else a pass without a graph tells the slope of
@@ -217,8 +213,8 @@ class PopulationEvaluator:
 
     def _expert_sums(self, objective: Objective, coefficients: FloatArray) -> Tensor:
         """Sum an objective over each expert's positions for one merge, (n_experts,)."""
-        sums = self._prompt_sums(objective, coefficients[None], range(len(self._expert)))[0]
-        return sum_by_index(sums, self._expert, self._prompts.n_experts)
+        per_prompt = self._prompt_sums(objective, coefficients[None], range(len(self._expert)))[0]
+        return sum_by_index(per_prompt, self._expert, self._prompts.n_experts)
 
     def _combine(self, sums: Tensor, counts: Tensor, base: Tensor) -> tuple[Tensor, Tensor]:
         per_expert = normalise(sums / counts, base, self._scoring.floor_nats)

@@ -485,9 +485,9 @@ def test_a_graph_that_does_not_fit_is_halved_and_the_scores_budget_is_not(way, t
     rows = []
     sums_with_graph = evaluator._sums_with_graph
 
-    def note_rows(mixture, prompts):
+    def note_rows(objective, mixture, prompts):
         rows[:] = prompts
-        return sums_with_graph(mixture, prompts)
+        return sums_with_graph(objective, mixture, prompts)
 
     evaluator._sums_with_graph = note_rows
     with pytest.MonkeyPatch.context() as patch:
