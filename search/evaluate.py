@@ -42,7 +42,7 @@ _LogitsOf = Callable[[list[int], list[int]], Tensor]
 class Scoring:
     """What a loss is."""
 
-    objective: Objective = "excess_and_top1"
+    objective: Objective = "entropy_excess"
     combine: str = "mean_sqrt"
     floor_nats: float = 0.02
     """The least that the base's value, which an expert's is divided by, counts for."""

@@ -176,7 +176,7 @@ class PromptSettings(ConfigSection):
 class ObjectiveSettings(ConfigSection):
     """What the search minimises; docs/METHOD.md has the formulas."""
 
-    name: str = "excess_and_top1"
+    name: str = "entropy_excess"
     """One of OBJECTIVE_NAMES, or a function of your own as "package.module:function"."""
     combine: CombinationName = "mean_sqrt"
     """How the experts' values become one loss."""

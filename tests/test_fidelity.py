@@ -32,8 +32,8 @@ def test_every_objective_is_searched_in_two_spaces_and_terms_are_added_a_seed_at
         (objective, space) for objective in OBJECTIVES for space in ("layer", "model")
     }
     assert [(plan.objective, plan.space) for plan in plans[:2]] == [
-        ("excess_and_top1", "model"),
-        ("excess_and_top1", "layer"),
+        ("entropy_excess", "model"),
+        ("entropy_excess", "layer"),
     ]
 
 

@@ -23,7 +23,7 @@ from search.config import load_config
 from search.errors import InputError
 from search.evaluate import PopulationEvaluator
 from search.merge import fold_adapters
-from search.objective import entropy_excess, top1_disagreement
+from search.objective import entropy_excess
 from search.stages import GenomeEvaluator
 from search.timebox import TimeBox
 from tests.test_base import make_toy_model
@@ -128,7 +128,7 @@ def test_a_run_writes_trace_adapter_and_coefficients_and_nothing_else(finished):
     assert document["base"] == {**trace.header["base"], "name": trace.header["config"]["base"]["name"]}
     assert document == json.loads((output / "adapter/coefficients.json").read_text())
     objective, provenance = document["objective"], document["provenance"]
-    assert (objective["name"], objective["combine"]) == ("excess_and_top1", "mean_sqrt")
+    assert (objective["name"], objective["combine"]) == ("entropy_excess", "mean_sqrt")
     assert objective["loss"] == result.loss
     assert np.mean(np.sqrt(objective["per_expert"])) == pytest.approx(result.loss)
     expected = {"seed": 0, "trace": "trace.jsonl", "winner": result.winner, "ended_by": "evaluations"}
@@ -534,7 +534,7 @@ def test_an_output_that_cannot_be_written_is_one_line(run, tmp_path, in_the_plac
 
 def test_an_objective_of_ones_own_is_searched_by_and_recorded(finished, run, tmp_path, monkeypatch):
     def mine(merged_logp, expert_logp, next_tokens):
-        return entropy_excess(merged_logp, expert_logp) + top1_disagreement(merged_logp, expert_logp)
+        return entropy_excess(merged_logp, expert_logp)
 
     result, trace, output = run(objective=mine)
     assert trace.header["objective"] == f"{__name__}:{mine.__qualname__}"
@@ -545,8 +545,7 @@ def test_an_objective_of_ones_own_is_searched_by_and_recorded(finished, run, tmp
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     source = (
-        "from search.objective import entropy_excess as h, top1_disagreement as d\n"
-        "def mine(m, e, t):\n    return h(m, e) + d(m, e)\n"
+        "from search.objective import entropy_excess\ndef mine(m, e, t):\n    return entropy_excess(m, e)\n"
     )
     (tmp_path / "of_run.py").write_text(source)
     result, trace, _ = run("objective.name=of_run:mine")

@@ -192,7 +192,7 @@ def test_the_header_is_plain_json_and_names_everything_a_result_depends_on(zoo, 
     header = json.loads(json.dumps(loaded.describe()))
     assert header["config"] == loaded.config.model_dump(mode="json")
     assert header["config_sha256"] == config_hash(loaded.config)
-    assert (header["seed"], header["objective"], header["device"]) == (7, "excess_and_top1", "cpu")
+    assert (header["seed"], header["objective"], header["device"]) == (7, "entropy_excess", "cpu")
     assert [adapter["sha256"] for adapter in header["adapters"]] == [
         hash_of(zoo, f"expert-{index}") for index in range(3)
     ]
