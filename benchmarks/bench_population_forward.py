@@ -33,7 +33,7 @@ from benchmarks.speed_scene import (
 from benchmarks.timing import matrix_rate, peak_gib, time_interleaved
 from search.compiled import CompiledLayers, Compiler
 from search.groups import Groups
-from search.population import population
+from search.population import Mixtures
 from search.stack import StackedFactors
 
 NOMINAL_FLOPS = 989e12
@@ -53,6 +53,7 @@ class ForwardScene:
         self._compiler = Compiler() if compiled else None
         self._layers = CompiledLayers(self.model, self._compiler) if self._compiler else None
         self._ids: dict[int, Tensor] = {}
+        self._mixtures: dict[int, Mixtures] = {}
 
     @property
     def compiled(self) -> bool:
@@ -85,7 +86,10 @@ class ForwardScene:
 
     def mixed(self, table: Tensor, stacked: StackedFactors, groups: Groups, *, eager: bool = False) -> Tensor:
         """As `forward`, under a mixture for each row."""
-        with population(self.model, stacked, table, groups):
+        key = id(stacked)
+        if key not in self._mixtures:
+            self._mixtures[key] = Mixtures(self.model, stacked, groups)
+        with self._mixtures[key].active(table):
             return self.forward(len(table), eager=eager)
 
 
