@@ -45,11 +45,13 @@ Timings = dict[str, float]
 class ForwardScene:
     """A model, adapters on it, and forward passes over rows of random tokens."""
 
-    def __init__(self, sizes: Sizes, device: torch.device, *, compiled: bool) -> None:
-        """Build the model, and the adapters on q_proj and v_proj."""
+    def __init__(
+        self, sizes: Sizes, device: torch.device, *, compiled: bool, model: Any = None, rank: int = 8
+    ) -> None:
+        """Build the model, unless one of these sizes is given, and the adapters on q_proj and v_proj."""
         self.sizes, self.device = sizes, device
-        self.model = build_model(sizes, device)
-        self.stacked, self.groups = build_stack(self.model, sizes, Q_AND_V, rank=8)
+        self.model = build_model(sizes, device) if model is None else model
+        self.stacked, self.groups = build_stack(self.model, sizes, Q_AND_V, rank=rank)
         self._compiler = Compiler() if compiled else None
         self._layers = CompiledLayers(self.model, self._compiler) if self._compiler else None
         self._ids: dict[int, Tensor] = {}
