@@ -116,7 +116,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.report:  # imported here: a machine that measures may lack matplotlib
         from benchmarks.scaling_report import write_report
 
-        write_report(arguments.out)
+        write_report(arguments.out, into_document=arguments.out.resolve() == OUT)
         return 0
     return 1 if run_missing(arguments) else 0
 
