@@ -199,3 +199,9 @@ def test_the_report_of_other_lines_is_printed(recorded, capsys):
     assert main(["--report", "--out", str(recorded)]) == 0
     assert "candidates a generation" in capsys.readouterr().out
     assert recorded.with_suffix(".svg").exists()
+
+
+def test_the_committed_document_has_a_place_for_every_section():
+    text = (ROOT / "docs/SCALING.md").read_text()
+    for name in ("speed", "profile", "scaling", "rehearsals"):
+        assert text.index(f"<!-- {name}:begin -->\n") < text.index(f"<!-- {name}:end -->\n")
