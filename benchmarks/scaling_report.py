@@ -80,10 +80,11 @@ def scaling_text(rows: Sequence[Row], figure: str) -> str:
 def _where(rows: Sequence[Row]) -> str:
     row, failed = measured(rows)[-1], len(rows) - len(measured(rows))
     n_failed = "No point failed." if not failed else f"{failed} of {len(rows)} points failed."
+    commits = ", ".join(dict.fromkeys(row["commit"] for row in measured(rows)))
     compiled = all(row["compiled"] or not row["asked_to_compile"] for row in measured(rows))
     return (
         f"Device: {row['device']} ({row['machine']}), torch {row['versions']['torch']}, {row['dtype']}, rows "
-        f"of {row['tokens_a_row']} tokens. Commit: {row['commit']}. Medians of {row['repeats']} interleaved "
+        f"of {row['tokens_a_row']} tokens. Commit: {commits}. Medians of {row['repeats']} interleaved "
         "repeats (three at most for a generation). `x base`: the time in forward passes of the base over as "
         "many tokens, run in the same manner. `slope`: by which power of what is swept the population's time "
         f"grows from the point before. {n_failed}{'' if compiled else ' Compiling failed at some points.'}"
