@@ -1,4 +1,4 @@
-"""How does cost grow with adapters, total rank, tokens, population, layers and vocabulary?
+"""How does cost grow with adapters, total rank, population, layers, vocabulary, tokens?
 
 `python -m benchmarks.bench_scaling --device cuda --compile --seconds 150` moves one thing at a time away from
 a centre (benchmarks/scaling_points.py: Mistral-7B's layers, four of them, 27 adapters) and times at each

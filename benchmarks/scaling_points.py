@@ -65,27 +65,27 @@ def _vocabulary(value: int, centre: Sizes) -> Point:
 _MAKE: dict[str, Callable[[int, Sizes], Point]] = {
     "adapters": _adapters,
     "total_rank": _total_rank,
-    "tokens": _tokens,
     "population": _population,
     "layers": _layers,
     "vocabulary": _vocabulary,
+    "tokens": _tokens,
 }
 SWEEPS: dict[str, tuple[int, ...]] = {
     "adapters": (2, 4, 8, 16, 27, 64),
     "total_rank": (16, 32, 64, 128, 256, 512, 1024),
-    "tokens": (256, 512, 1024, 2048, 4096, 8192, 16384, 32768),
     "population": (1, 4, 16, 64, 256),
     "layers": (2, 4, 8, 16, 32),
     "vocabulary": (8_000, 16_000, 32_000, 64_000, 128_000, 256_000),
+    "tokens": (256, 512, 1024, 2048, 4096, 8192, 16384, 32768),
 }
-"""What is swept, in the order in which it is measured, and its values."""
+"""What is swept, and its values, in the order in which they are measured: last what takes most compiling."""
 TINY_SWEEPS: dict[str, tuple[int, ...]] = {
     "adapters": (2, 6),
     "total_rank": (16, 32),
-    "tokens": (32, 64),
     "population": (1, 4),
     "layers": (1, 2),
     "vocabulary": (160, 320),
+    "tokens": (32, 64),
 }
 
 

@@ -25,10 +25,10 @@ FIGURE = Path("figures/scaling.svg")
 TITLES = {
     "adapters": "adapters, rank 8 each",
     "total_rank": "total rank, of 16 adapters",
-    "tokens": "tokens a forward pass",
     "population": "candidates a generation",
     "layers": "layers",
     "vocabulary": "vocabulary",
+    "tokens": "tokens a forward pass",
 }
 COLOURS = {"base": BLACK, "population": BLUE, "objective": GREEN}
 STYLES = {"compiled": "-", "eager": "--"}

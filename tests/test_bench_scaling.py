@@ -58,19 +58,19 @@ def recorded(tmp_path_factory):
 def test_every_point_is_a_line_with_time_ratio_and_machine(recorded):
     rows = read_rows(recorded)
     assert [(row["sweep"], row["value"]) for row in rows] == [
-        ("tokens", 32),
-        ("tokens", 64),
         ("population", 1),
         ("population", 4),
+        ("tokens", 32),
+        ("tokens", 64),
     ]
     for row in rows:
         assert {"commit", "versions", "machine", "code_sha256", "spent_s"} <= row.keys()
         ms, how = row["ms"], "population_eager"
         assert row["of_base"][how] == pytest.approx(ms[how] / ms["base_eager"], rel=1e-3)
         assert row["tokens_per_s"][how] == pytest.approx(1000 * row["tokens"] / ms[how], rel=1e-3)
-    assert [row["tokens"] for row in rows] == [32, 64, 48, 192]  # of a candidate: 3 prompts of 16 tokens
-    assert "objective_eager" in rows[0]["ms"]
-    assert rows[3]["candidates_per_s"] == pytest.approx(4000 / rows[3]["ms"]["population_eager"], rel=1e-3)
+    assert [row["tokens"] for row in rows] == [48, 192, 32, 64]  # of a candidate: 3 prompts of 16 tokens
+    assert "objective_eager" in rows[2]["ms"]
+    assert rows[1]["candidates_per_s"] == pytest.approx(4000 / rows[1]["ms"]["population_eager"], rel=1e-3)
 
 
 def test_the_same_command_measures_only_what_is_missing(recorded, capsys):
