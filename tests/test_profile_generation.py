@@ -9,10 +9,11 @@ from benchmarks import profile_generation
 from benchmarks.bench_search_step import StepScene
 from benchmarks.environment import ROOT
 from benchmarks.profile_generation import main
-from benchmarks.profile_kernels import group_kernels, group_of
+from benchmarks.profile_kernels import group_kernels, group_of, profile_kernels
 from benchmarks.profile_parts import GenerationParts, split_parts
 from benchmarks.rows import read_rows
 from benchmarks.speed_scene import Q_AND_V, TINY
+from benchmarks.timing import time_interleaved
 from search.passes import Passes
 
 CPU = torch.device("cpu")
@@ -105,6 +106,21 @@ def test_kernels_are_summed_and_the_unknown_are_named():
         "busy_ms": 3.75,
         "other": {"strange": 0.5},
     }
+
+
+@pytest.mark.gpu
+def test_a_gpus_kernels_are_counted_once():
+    device = torch.device("cuda")
+    a = torch.randn(4096, 4096, device=device, dtype=torch.bfloat16)
+
+    def multiply():
+        for _ in range(20):
+            a @ a
+
+    seconds = time_interleaved({"multiply": multiply}, device, repeats=5)
+    found = profile_kernels(multiply, device)
+    assert found["ms"].keys() == {"matrix products"}
+    assert found["busy_ms"] == pytest.approx(1000 * seconds["multiply"], rel=0.2)
 
 
 @pytest.fixture(scope="module")
