@@ -68,8 +68,8 @@ def interleave(
     runs: dict[str, Callable[[], object]], repeats: int, device: torch.device
 ) -> dict[str, list[float]]:
     """Run each once to warm up, then all in turn, so many times; return seconds by name."""
-    for run in runs.values():
-        run()
+    for name, run in runs.items():
+        print(f"{name}: {seconds_of(run, device):.1f} s at first", file=sys.stderr, flush=True)
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(repeats):
         for name, run in runs.items():

@@ -33,7 +33,7 @@ from benchmarks.speed_scene import (
 from benchmarks.timing import matrix_rate, peak_gib, time_interleaved
 from search.compiled import CompiledLayers, Compiler
 from search.groups import Groups
-from search.population import population
+from search.population import Mixtures
 from search.stack import StackedFactors
 
 NOMINAL_FLOPS = 989e12
@@ -45,14 +45,17 @@ Timings = dict[str, float]
 class ForwardScene:
     """A model, adapters on it, and forward passes over rows of random tokens."""
 
-    def __init__(self, sizes: Sizes, device: torch.device, *, compiled: bool) -> None:
-        """Build the model, and the adapters on q_proj and v_proj."""
+    def __init__(
+        self, sizes: Sizes, device: torch.device, *, compiled: bool, model: Any = None, rank: int = 8
+    ) -> None:
+        """Build the model, unless one of these sizes is given, and the adapters on q_proj and v_proj."""
         self.sizes, self.device = sizes, device
-        self.model = build_model(sizes, device)
-        self.stacked, self.groups = build_stack(self.model, sizes, Q_AND_V, rank=8)
+        self.model = build_model(sizes, device) if model is None else model
+        self.stacked, self.groups = build_stack(self.model, sizes, Q_AND_V, rank=rank)
         self._compiler = Compiler() if compiled else None
         self._layers = CompiledLayers(self.model, self._compiler) if self._compiler else None
         self._ids: dict[int, Tensor] = {}
+        self._mixtures: dict[int, Mixtures] = {}
 
     @property
     def compiled(self) -> bool:
@@ -85,7 +88,10 @@ class ForwardScene:
 
     def mixed(self, table: Tensor, stacked: StackedFactors, groups: Groups, *, eager: bool = False) -> Tensor:
         """As `forward`, under a mixture for each row."""
-        with population(self.model, stacked, table, groups):
+        key = id(stacked)
+        if key not in self._mixtures:
+            self._mixtures[key] = Mixtures(self.model, stacked, groups)
+        with self._mixtures[key].active(table):
             return self.forward(len(table), eager=eager)
 
 

@@ -1,10 +1,11 @@
 """Does the label-free loss rank merges as true accuracy does, and does a long search still find good ones?
 
-`python -m benchmarks.fidelity --jobs 28 --long` measures merges of several distributions on each variant of
-the zoo, by labels and by every objective on prompts of every source, and searches for long; it appends lines
-of JSON to benchmarks/results/fidelity.jsonl. What is there already, of the same code and settings, is not
-done again: after an interruption, or when --seconds are over, the same command goes on. Then, or with
---report from those lines alone, it writes tables and figures. Knows what is done in which order, not how.
+`python -m benchmarks.fidelity --jobs 28 --parts rankings searches` measures merges of several distributions
+on each variant of the zoo, by labels and by every objective on prompts of every source, and searches for
+long; it appends lines of JSON to benchmarks/results/fidelity.jsonl. What is there already, of the same code
+and settings, is not done again: after an interruption, or when --seconds are over, the same command goes on.
+Then, or with --report from those lines alone, it writes tables and figures. Knows what is done in which
+order, not how.
 """
 
 import argparse
@@ -37,6 +38,7 @@ from search.errors import InputError
 OUT = ROOT / "benchmarks/results/fidelity.jsonl"
 TEMPLATE = ROOT / "configs/demo.yaml"
 DOCUMENT, SECTION, FIGURES = ROOT / "docs/METHOD.md", "fidelity", "figures"
+PARTS = ("rankings", "searches")
 EXAMPLES = {"cuda": 150, "cpu": 2}
 """Of each task, that accuracies are measured on."""
 
@@ -70,8 +72,9 @@ class Run:
     def go(self) -> int:
         """Do it; return how many jobs failed."""
         with DevicePool(self._arguments.jobs, self._device) as pool:
-            self._rank_merges(pool)
-            if self._arguments.long:
+            if "rankings" in self._arguments.parts:
+                self._rank_merges(pool)
+            if "searches" in self._arguments.parts:
                 self._search(pool)
             return pool.n_failed
 
@@ -212,7 +215,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--merges", type=int, default=600, help="of each variant (default %(default)s)")
     add("--prompts", type=int, default=32, help="an adapter, from each source (default %(default)s)")
     add("--examples", type=int, help="a task, for accuracies (default 150, on a CPU 2)")
-    add("--long", action="store_true", help="long searches too")
+    add("--parts", nargs="+", choices=PARTS, default=["rankings"], help="default %(default)s")
     add("--evaluations", type=int, default=10_000, help="of a long search (default %(default)s)")
     add("--seeds", nargs="+", type=int, default=[0, 1], help="of long searches")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto")

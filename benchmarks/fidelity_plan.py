@@ -26,13 +26,14 @@ from search.space import FloatArray
 
 VISITED = "visited"
 """Kind of the merges that searches come by."""
-SPACES: tuple[SpaceName, ...] = ("layer", "model")
+SPACES: tuple[SpaceName, ...] = ("model", "layer")
+"""The default first."""
 VISITED_SHARE = 0.3
 """Of all merges."""
 VISITING_OBJECTIVES = (DEFAULT.name, "forward_kl", "entropy_gap")
 """Of the searches that are visited: what they are led by, or misled."""
 LONGEST_VISITING = 480
-"""Evaluations, as configs/demo.yaml has them."""
+"""Evaluations."""
 VISITING_SHARE = 0.05
 """Of a long search's evaluations, where these are few."""
 BATCH = 10
@@ -95,16 +96,19 @@ class Wanted:
         ]
 
     def searches(self) -> Iterator[SearchPlan]:
-        """Yield the long searches, a seed at a time: the default, with added terms, other objectives."""
+        """Yield the long searches, a seed at a time, first what the defaults are weighed against.
+
+        The default objective in each space; the others as by default; added terms; the others by layer.
+        """
         others = [name for name in OBJECTIVES if name != DEFAULT.name]
         for seed in self.seeds:
-            for space in SPACES:
-                yield SearchPlan(DEFAULT.name, space, seed, self.evaluations)
+            for objective, space in [*product([DEFAULT.name], SPACES), *product(others, SPACES[:1])]:
+                yield SearchPlan(objective, space, seed, self.evaluations)
             for term, weights in TERM_WEIGHTS.items():
                 for weight in weights:
                     yield SearchPlan(DEFAULT.name, "layer", seed, self.evaluations, **{term: weight})
-            for objective, space in product(others, SPACES):
-                yield SearchPlan(objective, space, seed, self.evaluations)
+            for objective in others:
+                yield SearchPlan(objective, "layer", seed, self.evaluations)
 
 
 def spread_out(tables: FloatArray, n: int) -> FloatArray:

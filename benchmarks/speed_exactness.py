@@ -25,7 +25,8 @@ def measure_exactness(model: Any, stacked: StackedFactors, groups: Groups, sizes
 
     The reference has the same weights and factors, widened: `error` over `base_error` says what the mixture
     adds to the rounding that the model's type costs anyway, `float32_error` how far float32 is from a merge
-    whose weights were added up densely. Needs memory for a float32 copy of the model.
+    whose weights were added up densely, `float32_floor` how far the float32 base is from itself with one row
+    at a time, by the order of its sums alone. Needs memory for a float32 copy of the model.
     """
     gen = torch.Generator().manual_seed(9)
     ids = torch.randint(3, sizes.n_vocab, (_N_ROWS, sizes.n_tokens), generator=gen).to(model.device)
@@ -41,6 +42,7 @@ def measure_exactness(model: Any, stacked: StackedFactors, groups: Groups, sizes
     exact, exact_base = logits(wide_model, wide), logits(wide_model)
     with DenseMerge(wide_model, wide, groups).merged(table[0].to(model.device)):
         merged = logits(wide_model)
+    alone = torch.cat([wide_model(row[None], use_cache=False).logits for row in ids])
     error, base_error = _relative(ours, exact), _relative(base, exact_base)
     return {
         "dtype": str(sizes.dtype).removeprefix("torch."),
@@ -48,6 +50,7 @@ def measure_exactness(model: Any, stacked: StackedFactors, groups: Groups, sizes
         "base_error": base_error,
         "error_over_base": error / base_error if base_error else None,
         "float32_error": _relative(exact, merged),
+        "float32_floor": _relative(alone, exact_base),
     }
 
 

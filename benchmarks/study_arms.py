@@ -197,6 +197,7 @@ _PROMPTS = (
 _ABLATION = (
     *(DEFAULT, NO_RACE, COMBINATIONS[0]),
     *(GRADIENTS[0], Arm("one generation, then refined", ("search.max_evaluations=16",))),
+    Arm("64 evaluations", ("search.max_evaluations=64",)),
     *_settings("objective", *OBJECTIVE, "forward_kl", "entropy_gap"),
     *(STEPLESS, *_settings("finalists", "finalists", "search.n_finalists", 1)),
     *(START, NO_SKELETONS, ALL_POSITIONS),
@@ -208,6 +209,6 @@ STUDIES = {
         "Which search, at equal tokens", _SEARCH, VARIANTS[:1], overrides=("search.max_evaluations=1280",)
     ),
     "prompts": Study("Which prompts", _PROMPTS, ("mixed", "answer")),
-    "ablation": Study("The default without one of its parts", _ABLATION, VARIANTS[:1]),
+    "ablation": Study("The default without one of its parts", _ABLATION, VARIANTS),
     "no_skeleton": Study("No skeletons at all", (DEFAULT, UNIFORM, BALANCED, NO_SKELETONS, _FREE), VARIANTS),
 }

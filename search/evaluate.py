@@ -24,6 +24,7 @@ from search.objective import (
     combine_experts,
     normalise,
     objective_label,
+    smooth_part,
     sum_by_index,
 )
 from search.passes import Passes
@@ -33,9 +34,8 @@ from search.racing import BlockScores
 from search.space import FloatArray
 from search.stack import StackedFactors
 
-_LogitsOf = Callable[
-    [list[int], list[int]], Tensor
-]  # (candidates, prompts), row by row -> (n_scored, n_vocab)
+# (candidates, prompts), row by row -> (n_scored, n_vocab)
+_LogitsOf = Callable[[list[int], list[int]], Tensor]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,7 +51,7 @@ class Scoring:
     compiled: bool | None = False
     """Decoder layers compiled, where that pays (None), or not: not before a GPU has measured it."""
     n_ahead: int = 0
-    """Candidates that are to be scored, which what compiling costs is weighed against."""
+    """Candidates to be scored, which what compiling costs is weighed against."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -88,7 +88,7 @@ class PopulationEvaluator:
         """Score the base, at one candidate's cost.
 
         Args:
-            budget: what is known to fit into memory; a new one, from `scoring`, when None.
+            budget: of tokens a forward pass; a new one, from `scoring`, when None.
 
         Raises:
             ValueError: if an expert has no prompt.
@@ -111,8 +111,8 @@ class PopulationEvaluator:
         self.checkpoint: Callable[[], None] = lambda: None
         """Called before each forward pass and each folding; may raise to abandon the work."""
         self._passes.warm_up(self._budget)
-        base = self.score_blocks(np.zeros((1, len(groups.names), stacked.n_adapters)), range(self.n_blocks))
-        self.base_per_expert: FloatArray = base.sums[0] / base.counts
+        self._base_means: dict[Objective, Tensor] = {}
+        self.base_per_expert: FloatArray = self._base_mean(scoring.objective).numpy()
         """(n_experts,) the base's disagreement, in the objective's own unit."""
 
     @property
@@ -122,14 +122,11 @@ class PopulationEvaluator:
 
     @property
     def oom_events(self) -> list[dict[str, int]]:
-        """When memory ran out, and with how many tokens to a forward pass it went on: the budget's list."""
+        """When memory ran out, and with how many tokens it went on: the budget's list."""
         return self._budget.oom_events
 
     def score_blocks(self, coefficients: FloatArray, blocks: ArrayLike) -> BlockScores:
-        """Score coefficients (n_candidates, n_groups, n_adapters) on the prompts of some blocks.
-
-        Sums over disjoint blocks add up to the sums over all of them.
-        """
+        """Score coefficients (n_candidates, n_groups, n_adapters) on some blocks, whose sums add up."""
         if self._model.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._model.device)
         prompts = np.flatnonzero(np.isin(self._block_of, blocks))
@@ -150,7 +147,8 @@ class PopulationEvaluator:
         Returns:
             Losses (n_candidates,), finite or not, and the (n_candidates, n_experts) they are combined from.
         """
-        losses, per_expert = self._combine(torch.tensor(sums), torch.tensor(counts))
+        base = self._base_mean(self._scoring.objective)
+        losses, per_expert = self._combine(torch.tensor(sums), torch.tensor(counts), base)
         return losses.numpy(), per_expert.numpy()
 
     def score(self, coefficients: FloatArray) -> Scores:
@@ -182,6 +180,9 @@ class PopulationEvaluator:
     def gradient(self, coefficients: FloatArray) -> GradientScores:
         """Differentiate the loss of coefficients (n_groups, n_adapters) on all prompts.
 
+        Of an objective with a flat part it is the loss by the other part alone: weighed by both, the experts
+        that are furthest away would count least.
+
         Where all prompts fit one forward pass, one graph does. Else a pass without a graph tells the slope of
         the loss in each expert's sum, with which the gradients of parts are weighted and added up.
 
@@ -190,9 +191,9 @@ class PopulationEvaluator:
             torch.OutOfMemoryError: if one prompt's graph does not fit.
         """
         mixture = torch.tensor(coefficients, dtype=torch.float64, requires_grad=True)
-        lengths = self._passes.lengths
+        lengths, objective = self._passes.lengths, smooth_part(self._scoring.objective)
         gradient, sums = torch.zeros(mixture.shape, dtype=torch.float64), torch.zeros(0)  # sums: none known
-        n_tokens = 0
+        n_tokens, base = 0, self._base_mean(objective)
 
         def measured(rows: list[int]) -> None:
             torch.autograd.grad(self._sums_with_graph(mixture, rows).sum(), mixture)
@@ -200,39 +201,49 @@ class PopulationEvaluator:
         def step(rows: list[int]) -> None:
             nonlocal sums, n_tokens
             if not len(sums) and len(rows) < len(lengths):
-                scored = self.score_blocks(coefficients[None], range(self.n_blocks))
-                sums, n_tokens = torch.from_numpy(scored.sums[0]), scored.n_tokens
-            own = self._sums_with_graph(mixture, rows)
+                sums, n_tokens = self._expert_sums(objective, coefficients), sum(lengths)
+            own = self._sums_with_graph(objective, mixture, rows)
             total = sums if len(sums) else own.detach()
-            (part,) = torch.autograd.grad(own, mixture, self._slopes(total))
+            (part,) = torch.autograd.grad(own, mixture, self._slopes(total, base))
             gradient.add_(part)  # from here on memory cannot run out: nothing is counted twice
             sums, n_tokens = total, n_tokens + sum(lengths[row] for row in rows)
 
         self._graph_budget.plan(self._model.device, lengths, self._n_scored.tolist(), measured)
         self._graph_budget.run(lengths, step)
-        loss, per_expert = self._combine(sums, self._counts)
+        loss, per_expert = self._combine(sums, self._counts, base)
         return GradientScores(loss.item(), gradient.numpy(), per_expert.numpy(), n_tokens)
 
-    def _combine(self, sums: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
-        base = torch.from_numpy(self.base_per_expert)
+    def _base_mean(self, objective: Objective) -> Tensor:
+        """Return the base's mean on each expert's positions, (n_experts,), measured once."""
+        if objective not in self._base_means:
+            at_base = np.zeros((len(self._groups.names), self._stacked.n_adapters))
+            self._base_means[objective] = self._expert_sums(objective, at_base) / self._counts
+        return self._base_means[objective]
+
+    def _expert_sums(self, objective: Objective, coefficients: FloatArray) -> Tensor:
+        """Sum an objective over each expert's positions for one merge, (n_experts,)."""
+        per_prompt = self._prompt_sums(objective, coefficients[None], range(len(self._expert)))[0]
+        return sum_by_index(per_prompt, self._expert, self._prompts.n_experts)
+
+    def _combine(self, sums: Tensor, counts: Tensor, base: Tensor) -> tuple[Tensor, Tensor]:
         per_expert = normalise(sums / counts, base, self._scoring.floor_nats)
         return combine_experts(per_expert, self._scoring.combine), per_expert
 
-    def _slopes(self, sums: Tensor) -> Tensor:
+    def _slopes(self, sums: Tensor, base: Tensor) -> Tensor:
         """Return d loss / d sums, (n_experts,)."""
         with torch.enable_grad():
             leaf = sums.clone().requires_grad_()
-            return torch.autograd.grad(self._combine(leaf, self._counts)[0], leaf)[0]
+            return torch.autograd.grad(self._combine(leaf, self._counts, base)[0], leaf)[0]
 
     @torch.enable_grad()
-    def _sums_with_graph(self, mixture: Tensor, prompts: list[int]) -> Tensor:
+    def _sums_with_graph(self, objective: Objective, mixture: Tensor, prompts: list[int]) -> Tensor:
         """Sum the objective over each expert's positions in some prompts, (n_experts,), differentiably."""
         self.checkpoint()
         logits = self._passes.mixed(mixture.expand(len(prompts), -1, -1), prompts)
-        sums = self._row_sums(self._scoring.objective, logits, prompts)
+        sums = self._passes.sums(objective, logits, prompts)
         if not sums.requires_grad:
             raise InputError(
-                f"objective.name: {objective_label(self._scoring.objective)} has no gradient, which gradient "
+                f"objective.name: {objective_label(objective)} has no gradient, which gradient "
                 "steps need; choose another objective, or no gradient steps"
             )
         return sum_by_index(sums, self._expert[prompts], self._prompts.n_experts)
@@ -267,15 +278,11 @@ class PopulationEvaluator:
             candidates, columns = [row % n_candidates for row in rows], [row // n_candidates for row in rows]
             own = [prompts[column] for column in columns]
             self.checkpoint()
-            found = self._row_sums(objective, logits_of(candidates, own), own)
+            found = self._passes.sums(objective, logits_of(candidates, own), own)
             places = send(torch.tensor([candidates, columns]), sums.device)
             sums[places[0], places[1]] = found
 
         self._budget.run(lengths, step)
-
-    def _row_sums(self, objective: Objective, logits: Tensor, prompts: list[int]) -> Tensor:
-        """Sum an objective over the scored positions of each row: (n_rows,), float64."""
-        return self._passes.sums(objective, logits, prompts)
 
 
 def _assign_blocks(prompts: PromptSet) -> tuple[NDArray[np.int64], int]:

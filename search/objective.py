@@ -89,6 +89,14 @@ OBJECTIVES: dict[str, ObjectiveFunction] = {
 }
 """Name in the config -> function of (merged_logp, expert_logp, next_tokens)."""
 
+SMOOTH_PARTS = {"excess_and_top1": "entropy_excess"}
+"""Objective with a part that is flat nearly everywhere -> the objective that is its other part."""
+
+
+def smooth_part(objective: Objective) -> Objective:
+    """Return what has an objective's gradient: the objective itself, but for those with a flat part."""
+    return SMOOTH_PARTS.get(objective, objective) if isinstance(objective, str) else objective
+
 
 def disagreement(
     objective: Objective, merged_logp: Tensor, expert_logp: Tensor, next_tokens: Tensor

@@ -15,7 +15,7 @@ from search.compiled import CompiledLayers, Compiler, choose_widths, pad_to, row
 from search.experts import AT_ONCE, ExpertSignals, TokenBudget, log_softmax, scored_logits, widened_logp
 from search.groups import Groups
 from search.objective import Objective, disagreement
-from search.population import population, send
+from search.population import Mixtures, send
 from search.prompts import PromptSet
 from search.stack import StackedFactors
 
@@ -36,7 +36,8 @@ class Passes:
         compiled: bool = False,
     ) -> None:
         """Choose the shapes; nothing is compiled before the first pass."""
-        self._model, self._stacked, self._groups = model, stacked, groups
+        self._model, self._shape = model, (len(groups.names), stacked.n_adapters)
+        self._mixtures = Mixtures(model, stacked, groups)
         self._prompts, self._signals = prompts, signals
         self._compiler = Compiler() if compiled else None
         self._layers = CompiledLayers(model, self._compiler) if self._compiler else None
@@ -47,9 +48,8 @@ class Passes:
         """Of compiled passes."""
         self.lengths = [pad_to(length, self.widths) for length in lengths]
         """(n_prompts,) tokens that a row of each prompt takes, with what it is padded to if compiled."""
-        self._n_scored = [len(scored) for scored in prompts.scored]
-        positions = torch.arange(len(signals.next_tokens))
-        self._positions_of = torch.split(positions, self._n_scored)  # one tensor a prompt
+        self._n_scored = torch.tensor([len(scored) for scored in prompts.scored])
+        self._first = self._n_scored.cumsum(0) - self._n_scored  # position of each prompt among the signals'
 
     def mixed(self, table: Tensor, rows: Sequence[int], tokens_per_forward: int | None = None) -> Tensor:
         """Return logits (n_scored, n_vocab) of prompts `rows`, each under its own mixture, row after row.
@@ -60,28 +60,24 @@ class Passes:
         """
         self._keep_pace()
         if self._layers is None:
-            with population(self._model, self._stacked, table, self._groups):
+            with self._mixtures.active(table):
                 return scored_logits(self._model, self._prompts, rows)
         width = max(self.lengths[row] for row in rows)
         n_rows = pad_to(len(rows), row_sizes(width, tokens_per_forward) if tokens_per_forward else [])
         if n_rows > len(rows):
             table = torch.cat([table, table.new_zeros(n_rows - len(rows), *table.shape[1:])])
-        with population(self._model, self._stacked, table, self._groups), self._layers.active():
+        with self._mixtures.active(table), self._layers.active():
             return scored_logits(self._model, self._prompts, rows, shape=(n_rows, width))
 
     @torch.no_grad()
     def warm_up(self, budget: TokenBudget) -> None:
         """Compile all shapes that fit the budget, so that no later pass takes longer unawares."""
-        n_groups, n_adapters, tokens = (
-            len(self._groups.names),
-            self._stacked.n_adapters,
-            budget.tokens_per_forward,
-        )
+        tokens = budget.tokens_per_forward
         for width in self.widths:
             prompt = self.lengths.index(width)
 
             def step(rows: list[int], prompt: int = prompt) -> None:
-                self.mixed(torch.zeros(len(rows), n_groups, n_adapters), [prompt] * len(rows))
+                self.mixed(torch.zeros(len(rows), *self._shape), [prompt] * len(rows))
 
             for n_rows in row_sizes(width, tokens):
                 budget.run([width] * n_rows, step)
@@ -105,13 +101,15 @@ class Passes:
         Logits are those of `rows`. One sum a row: a scattered sum on a GPU is not reproducible, and a product
         lets one NaN spoil all.
         """
-        at = torch.cat([self._positions_of[row] for row in rows])
-        values = self._values(objective, logits, send(at, logits.device)).double()
-        counts = torch.tensor([self._n_scored[row] for row in rows])
-        slots = torch.arange(int(counts.max()))
-        places = (counts.cumsum(0) - counts)[:, None] + slots  # (n_rows, most)
-        places[slots >= counts[:, None]] = len(values)  # behind the last value stands a zero
-        return torch.nn.functional.pad(values, (0, 1))[send(places, logits.device)].sum(1)
+        first, counts = self._first[list(rows)], self._n_scored[list(rows)]
+        slots, n_values = torch.arange(int(counts.max())), int(counts.sum())
+        is_there = slots < counts[:, None]  # (n_rows, most)
+        at = (first[:, None] + slots)[is_there]
+        places = (counts.cumsum(0) - counts)[:, None] + slots
+        places[~is_there] = n_values  # behind the last value stands a zero
+        there = send(torch.cat([at, places.flatten()]), logits.device)
+        values = self._values(objective, logits, there[:n_values]).double()
+        return torch.nn.functional.pad(values, (0, 1))[there[n_values:].view(places.shape)].sum(1)
 
     def _values(self, objective: Objective, logits: Tensor, at: Tensor) -> Tensor:
         """Return what an objective says at each scored position: (n_scored,); some at a time."""

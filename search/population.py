@@ -4,8 +4,7 @@ Knows stacks, groups and modules by name; not prompts, losses or candidates.
 """
 
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
-from operator import attrgetter
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -16,57 +15,80 @@ from search.groups import Groups
 from search.stack import StackedFactors, StackedModule, at_least_float32, delta_weight, mix_hidden
 
 
-@contextmanager
+class Mixtures:
+    """A model's touched layers, wrapped once: what a pass costs before its first product is kept small."""
+
+    def __init__(self, model: nn.Module, stacked: StackedFactors, groups: Groups) -> None:
+        """Find the layers; the model, bare now, stays as it is.
+
+        Args:
+            model: any causal language model; its Linear and Conv1D layers are found by name.
+            stacked: factors on the model's device and in its type.
+            groups: which row of the coefficients each module obeys.
+
+        Raises:
+            ValueError: names that do not fit.
+        """
+        unknown = [name for name in stacked.modules if name not in groups.group_of]
+        if unknown:
+            raise ValueError(f"module {unknown[0]!r} of the adapters is missing in the groups")
+        self._model, self._stacked = model, stacked
+        self._expected = len(groups.names), stacked.n_adapters
+        self._places = []
+        for name, module in stacked.modules.items():
+            siblings, attribute, layer = _find_layer(model, name)
+            place = siblings, attribute, layer, MixedLinear(name, layer, module), groups.group_of[name]
+            self._places.append(place)
+
+    @contextmanager
+    def active(self, coefficients: Tensor) -> Iterator[nn.Module]:
+        """Within the context, row r of every forward pass (and of `generate`) runs under coefficients[r].
+
+        Each touched layer's output W x gains B (c * (A x)), computed in the model's type; a row of zeros is
+        the base itself, bit for bit. Gradients flow into `coefficients`. Leaving restores the model, also
+        after an exception.
+
+        Args:
+            coefficients: (n_rows, n_groups, n_adapters).
+
+        Raises:
+            ValueError: another shape; in a forward pass, another number of rows.
+        """
+        if coefficients.ndim != 3 or coefficients.shape[1:] != self._expected:
+            raise ValueError(
+                f"coefficients have shape {tuple(coefficients.shape)}, expected (n_rows, n_groups, "
+                f"n_adapters) = (n_rows, {self._expected[0]}, {self._expected[1]})"
+            )
+        of_group = _split_groups(self._stacked, coefficients)
+        try:
+            for siblings, attribute, _, mixed, group in self._places:
+                mixed.coefficients, mixed.idle = of_group[group]
+                siblings[attribute] = mixed
+            yield self._model
+        finally:
+            for siblings, attribute, layer, _, _ in self._places:
+                siblings[attribute] = layer
+
+
 def population(
     model: nn.Module, stacked: StackedFactors, coefficients: Tensor, groups: Groups
-) -> Iterator[nn.Module]:
-    """Within the context, row r of every forward pass (and of `generate`) runs under coefficients[r].
-
-    Each touched layer's output W x gains B (c * (A x)), computed in the model's type; a row of zeros is the
-    base itself, bit for bit. Gradients flow into `coefficients`. Leaving restores the model, also after an
-    exception.
-
-    Args:
-        model: any causal language model; its Linear and Conv1D layers are found by name.
-        stacked: factors on the model's device and in its type.
-        coefficients: (n_rows, n_groups, n_adapters).
-        groups: which row of the coefficients each module obeys.
-
-    Raises:
-        ValueError: shapes or names that do not fit; in a forward pass, another number of rows.
-    """
-    expected = (len(groups.names), stacked.n_adapters)
-    if coefficients.ndim != 3 or coefficients.shape[1:] != expected:
-        raise ValueError(
-            f"coefficients have shape {tuple(coefficients.shape)}, expected (n_rows, n_groups, n_adapters) = "
-            f"(n_rows, {expected[0]}, {expected[1]})"
-        )
-    unknown = [name for name in stacked.modules if name not in groups.group_of]
-    if unknown:
-        raise ValueError(f"module {unknown[0]!r} of the adapters is missing in the groups")
-    layers = {name: _find_layer(model, name) for name in stacked.modules}
-    of_group = _split_groups(stacked, coefficients)
-    with ExitStack() as undo:
-        for name, (parent, attribute, layer) in layers.items():
-            mixed = MixedLinear(name, layer, stacked.modules[name], *of_group[groups.group_of[name]])
-            undo.callback(setattr, parent, attribute, layer)
-            setattr(parent, attribute, mixed)
-        yield model
+) -> AbstractContextManager[nn.Module]:
+    """Return the context of `Mixtures.active`, for a model that is run under few coefficients."""
+    return Mixtures(model, stacked, groups).active(coefficients)
 
 
 def send(tensor: Tensor, device: torch.device) -> Tensor:
     """Copy to a device, without waiting for what it is doing where no gradient has to come back."""
     if device.type != "cuda" or tensor.device == device or tensor.requires_grad:
         return tensor.to(device)
-    return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.contiguous().pin_memory().to(device, non_blocking=True)  # an expanded one cannot be pinned
 
 
-def _find_layer(model: nn.Module, name: str) -> tuple[nn.Module, str, nn.Module]:
-    """Return the module that holds a layer, as which attribute, and the layer; faster than get_submodule."""
+def _find_layer(model: nn.Module, name: str) -> tuple[dict[str, nn.Module | None], str, nn.Module]:
+    """Return the modules that a layer is one of, by name, its name among them, and the layer."""
     above, _, attribute = name.rpartition(".")
     try:
-        parent = attrgetter(above)(model) if above else model
-        return parent, attribute, getattr(parent, attribute)
+        return model.get_submodule(above)._modules, attribute, model.get_submodule(name)
     except AttributeError as error:
         raise ValueError(f"module {name!r} of the adapters is missing in the model") from error
 
@@ -77,10 +99,11 @@ def _split_groups(stacked: StackedFactors, coefficients: Tensor) -> list[tuple[T
         return []
     first = next(iter(stacked.modules.values()))
     idle = (~(coefficients != 0).any(dim=2).any(dim=0)).tolist()  # (n_groups,)
-    wide = send(coefficients.to(at_least_float32(first.A.dtype)), first.A.device)
+    by_group = coefficients.transpose(0, 1).to(at_least_float32(first.A.dtype)).contiguous()
+    free = coefficients.requires_grad
     return [
-        (wide[:, group].contiguous(), flag and not coefficients.requires_grad)
-        for group, flag in enumerate(idle)
+        (own, flag and not free)
+        for own, flag in zip(send(by_group, first.A.device).unbind(), idle, strict=True)
     ]
 
 
@@ -96,21 +119,14 @@ def _add_product_(output: Tensor, hidden: Tensor, B: Tensor) -> None:
 class MixedLinear(nn.Module):
     """A linear layer whose output W x gains B (c * (A x)), with a c of its own for each row of the batch."""
 
-    def __init__(
-        self, name: str, layer: nn.Module, module: StackedModule, coefficients: Tensor, idle: bool
-    ) -> None:
-        """Wrap; nothing is copied.
-
-        Args:
-            name: for errors.
-            layer: Linear or Conv1D.
-            module: its stack.
-            coefficients: (n_rows, n_adapters), on the stack's device, in float32 at least.
-            idle: all are zero, so that an uncompiled pass may skip the product.
-        """
+    def __init__(self, name: str, layer: nn.Module, module: StackedModule) -> None:
+        """Wrap a Linear or Conv1D, named for errors, and its stack; nothing is copied."""
         super().__init__()
         self.name, self.layer, self.module = name, layer, module
-        self.coefficients, self.idle = coefficients, idle
+        self.coefficients = torch.empty(0, 0)
+        """(n_rows, n_adapters), on the stack's device, in float32 at least: set for each pass."""
+        self.idle = False
+        """All are zero, so that an uncompiled pass may skip the product."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x (n_rows, n_tokens, d_in) to (n_rows, n_tokens, d_out)."""

@@ -31,7 +31,10 @@ def test_every_objective_is_searched_in_two_spaces_and_terms_are_added_a_seed_at
     assert {(plan.objective, plan.space) for plan in plain} == {
         (objective, space) for objective in OBJECTIVES for space in ("layer", "model")
     }
-    assert plans[0].objective == "entropy_excess"
+    assert [(plan.objective, plan.space) for plan in plans[:2]] == [
+        ("entropy_excess", "model"),
+        ("entropy_excess", "layer"),
+    ]
 
 
 def test_searches_take_no_more_prompts_than_there_are(wanted, tmp_path):
@@ -108,12 +111,12 @@ def test_what_is_recorded_is_not_done_again(done, tmp_path, capsys, monkeypatch)
         "make_rows": 4,
     }
     done.clear()
-    assert main(arguments(tmp_path, "--long")) == 0
+    assert main(arguments(tmp_path, "--parts", "rankings", "searches")) == 0
     assert {name: len(jobs) for name, jobs in done.items()} == {"write_scene_prompts": 2, "long_search": 26}
     done.clear()
-    assert main(arguments(tmp_path, "--long")) == 0
+    assert main(arguments(tmp_path, "--parts", "rankings", "searches")) == 0
     assert done == {}
-    assert main(arguments(tmp_path, "--long", "--examples", "1")) == 0
+    assert main(arguments(tmp_path, "--parts", "rankings", "searches", "--examples", "1")) == 0
     assert len(done["long_search"]) == 26
     parts = [row["part"] for row in read_rows(tmp_path / "f.jsonl")]
     assert parts[0] == "environment"
@@ -123,13 +126,13 @@ def test_what_is_recorded_is_not_done_again(done, tmp_path, capsys, monkeypatch)
 
 def test_a_search_that_time_cut_short_is_done_again(done, tmp_path, monkeypatch):
     monkeypatch.setattr(fidelity, "draw_all", lambda *_: {})
-    main(arguments(tmp_path, "--long"))
+    main(arguments(tmp_path, "--parts", "rankings", "searches"))
     path = tmp_path / "f.jsonl"
     rows = read_rows(path)
     cut = [{**row, "ended_by": "seconds"} if row.get("objective") == "nll" else row for row in rows]
     path.write_text("".join(json.dumps(row) + "\n" for row in cut))
     done.clear()
-    main(arguments(tmp_path, "--long"))
+    main(arguments(tmp_path, "--parts", "rankings", "searches"))
     assert {job.plan.objective for job in done["long_search"]} == {"nll"}
 
 
@@ -151,7 +154,7 @@ def test_the_report_of_its_own_lines_goes_into_the_document(done, tmp_path, monk
     document.write_text("before\n<!-- fidelity:begin -->\n<!-- fidelity:end -->\nafter\n")
     monkeypatch.setattr(fidelity, "DOCUMENT", document)
     monkeypatch.setattr(fidelity, "OUT", tmp_path / "f.jsonl")
-    assert main(arguments(tmp_path, "--long")) == 0
+    assert main(arguments(tmp_path, "--parts", "rankings", "searches")) == 0
     assert "| `forward_kl` | 0.90 / 0.90 / 0.90 |" in document.read_text()
     assert (tmp_path / "figures/goodhart.svg").exists()
 
@@ -170,7 +173,9 @@ def test_the_committed_document_has_a_place_for_the_report():
 def test_a_small_run_measures_ranks_and_searches(tmp_path, capsys):
     small = "--variants mixed --merges 4 --prompts 1 --evaluations 16 --examples 1 --seeds 0".split()
     paths = ["--out", str(tmp_path / "f.jsonl"), "--arrays", str(tmp_path / "arrays")]
-    assert main([*small, *paths, "--device", "cpu", "--long", "--seconds", "40"]) == 0
+    assert (
+        main([*small, *paths, "--device", "cpu", "--parts", "rankings", "searches", "--seconds", "40"]) == 0
+    )
     rows = read_rows(tmp_path / "f.jsonl")
     assert {row["part"] for row in rows} >= {
         "ranking",
