@@ -19,14 +19,7 @@ from search.errors import InputError
 from search.experts import ExpertSignals, TokenBudget, default_token_budget
 from search.groups import Groups
 from search.loop import Scores
-from search.objective import (
-    Objective,
-    combine_experts,
-    normalise,
-    objective_label,
-    smooth_part,
-    sum_by_index,
-)
+from search.objective import Objective, combine_experts, normalise, objective_label, smooth_part, sum_by_index
 from search.passes import Passes
 from search.population import folded_weights, mixed_weights, send
 from search.prompts import PromptSet
@@ -98,7 +91,8 @@ class PopulationEvaluator:
         self._prompts, self._signals, self._scoring = prompts, signals, scoring
         tokens_per_forward = scoring.tokens_per_forward or default_token_budget(model.device)
         self._budget = budget or TokenBudget(tokens_per_forward, by_memory=scoring.tokens_per_forward is None)
-        self._graph_budget = replace(self._budget, bytes_per_token=None)  # more memory; same list of events
+        self.graph_budget = replace(self._budget, bytes_per_token=None)
+        """Of tokens with a graph, chosen at the first gradient; one list of events for both."""
         n_scored = torch.tensor([len(scored) for scored in prompts.scored])
         self._n_scored, self._expert = n_scored.double(), torch.from_numpy(prompts.expert)
         self._block_of, self.n_blocks = _assign_blocks(prompts)
@@ -114,11 +108,6 @@ class PopulationEvaluator:
         self._base_means: dict[Objective, Tensor] = {}
         self.base_per_expert: FloatArray = self._base_mean(scoring.objective).numpy()
         """(n_experts,) the base's disagreement, in the objective's own unit."""
-
-    @property
-    def graph_budget(self) -> TokenBudget:
-        """How many tokens have a graph at once; chosen at the first gradient."""
-        return self._graph_budget
 
     @property
     def oom_events(self) -> list[dict[str, int]]:
@@ -195,9 +184,6 @@ class PopulationEvaluator:
         gradient, sums = torch.zeros(mixture.shape, dtype=torch.float64), torch.zeros(0)  # sums: none known
         n_tokens, base = 0, self._base_mean(objective)
 
-        def measured(rows: list[int]) -> None:
-            torch.autograd.grad(self._sums_with_graph(mixture, rows).sum(), mixture)
-
         def step(rows: list[int]) -> None:
             nonlocal sums, n_tokens
             if not len(sums) and len(rows) < len(lengths):
@@ -208,8 +194,11 @@ class PopulationEvaluator:
             gradient.add_(part)  # from here on memory cannot run out: nothing is counted twice
             sums, n_tokens = total, n_tokens + sum(lengths[row] for row in rows)
 
-        self._graph_budget.plan(self._model.device, lengths, self._n_scored.tolist(), measured)
-        self._graph_budget.run(lengths, step)
+        def differentiate(rows: list[int]) -> None:
+            torch.autograd.grad(self._sums_with_graph(objective, mixture, rows).sum(), mixture)
+
+        self.graph_budget.plan(self._model.device, lengths, self._n_scored.tolist(), differentiate)
+        self.graph_budget.run(lengths, step)
         loss, per_expert = self._combine(sums, self._counts, base)
         return GradientScores(loss.item(), gradient.numpy(), per_expert.numpy(), n_tokens)
 
