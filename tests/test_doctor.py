@@ -17,6 +17,7 @@ from search.doctor import examine
 from search.errors import InputError
 from search.evaluate import PopulationEvaluator
 from search.forecast import Cost, fit_cost
+from search.passes import Passes
 from search.priors import save_prior
 from search.setup import load_setup
 from search.trial import try_run
@@ -242,14 +243,14 @@ def test_a_time_box_that_is_gone_before_the_run_is_told(configure):
 
 
 def test_memory_that_runs_out_on_the_way_is_reported_with_what_fitted(configure, monkeypatch):
-    score = PopulationEvaluator._row_sums
+    score = Passes.sums
 
     def greedy(self, objective, logp, prompts):
         if len(prompts) > 2:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return score(self, objective, logp, prompts)
 
-    monkeypatch.setattr(PopulationEvaluator, "_row_sums", greedy)
+    monkeypatch.setattr(Passes, "sums", greedy)
     found = examine(configure())
     assert found.memory.tokens_per_forward > 0
     assert f"set search.tokens_per_forward to {found.memory.tokens_per_forward}" in advise(found)[0]
@@ -259,7 +260,7 @@ def test_memory_for_not_even_one_prompt_is_one_line(configure, monkeypatch):
     def never_fits(self, *rest):
         raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
 
-    monkeypatch.setattr(PopulationEvaluator, "_row_sums", never_fits)
+    monkeypatch.setattr(Passes, "sums", never_fits)
     with pytest.raises(
         InputError, match=r"memory ran out before .* \(CUDA out of memory\.\)\. Free the device"
     ) as caught:
@@ -340,13 +341,13 @@ def test_the_shipped_zoo_has_the_generations_that_a_run_under_the_same_clock_has
 def test_the_toy_zoo_has_the_generations_that_a_run_under_the_same_clock_has(
     configure, tmp_path, monkeypatch
 ):
-    row_sums = PopulationEvaluator._row_sums
+    row_sums = Passes.sums
 
     def slow(self, objective, logp, prompts):  # so that what else the machine does weighs little
         time.sleep(0.003 * len(prompts))
         return row_sums(self, objective, logp, prompts)
 
-    monkeypatch.setattr(PopulationEvaluator, "_row_sums", slow)
+    monkeypatch.setattr(Passes, "sums", slow)
     sizes = ("search.n_candidates=6", "search.n_finalists=2", "search.race_keep=0.5")
     config = configure("search.time_box_s=4", "search.max_evaluations=1000000", *sizes)
     foreseen = examine(config).forecast
