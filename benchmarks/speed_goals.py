@@ -1,8 +1,8 @@
 """Is a population as fast, as small and as exact as is wanted? What the speed benchmarks found, goal by goal.
 
 `python -m benchmarks.speed_goals` reads the latest lines of bench_population_forward, bench_search_step and
-bench_answers in benchmarks/results.jsonl and puts a table into docs/SCALING.md. Knows lines and limits; measures
-nothing.
+bench_answers in benchmarks/results.jsonl and puts a table into docs/SCALING.md. Knows lines and limits;
+measures nothing.
 """
 
 import sys
@@ -64,7 +64,7 @@ def _at(*path: str) -> Callable[[Row], float]:
 
 
 def _writing(row: Row) -> float:
-    """Return the median of new tokens/s over a cache of fixed size, which is what answers are written with."""
+    """Return the median of new tokens/s over a cache of fixed size, which writes answers on a GPU."""
     found = [r for r in row["writing"] if (r["cache"], r["batch"]) == ("fixed", BATCH)]
     return float(found[0]["new_tokens_per_s"][0])
 
