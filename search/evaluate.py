@@ -41,8 +41,8 @@ class Scoring:
     """The least that the base's value, which an expert's is divided by, counts for."""
     tokens_per_forward: int | None = None
     """Chosen by device when None."""
-    compiled: bool | None = False
-    """Decoder layers compiled, where that pays (None), or not: not before a GPU has measured it."""
+    compiled: bool | None = None
+    """Whether decoder layers are; None where it pays."""
     n_ahead: int = 0
     """Candidates to be scored, which what compiling costs is weighed against."""
 

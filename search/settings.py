@@ -130,6 +130,8 @@ class SearchSettings(ConfigSection):
     """Best candidates scored again on prompts that the search has not seen."""
     tokens_per_forward: Count | None = None
     """Tokens in one forward pass; when not given, a CUDA device's free memory says (search/memory.py)."""
+    compile: bool | None = None
+    """Compile decoder layers; when not given, where it pays: a large model on a GPU, and passes enough."""
 
     @property
     def prior_path(self) -> Path:

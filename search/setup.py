@@ -104,6 +104,7 @@ class Setup:
             objective=self.objective,
             combine=objective.combine,
             tokens_per_forward=self.config.search.tokens_per_forward,
+            compiled=self.config.search.compile,
             n_ahead=self.config.search.max_evaluations,
         )
         request = SteeringRequest(

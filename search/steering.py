@@ -120,7 +120,8 @@ def prepare_steering(
     both = prompts.searched, prompts.unseen
     budget = _choose_budget(parts, prompts, request)
     signals = [expert_signals(parts.model, parts.stacked, parts.groups, part, budget) for part in both]
-    scorings = request.scoring, replace(request.scoring, n_ahead=0)  # too few are scored on the unseen
+    few = replace(request.scoring, compiled=False)  # are scored on the unseen: too few to compile for
+    scorings = request.scoring, few
     searched, unseen = (
         PopulationEvaluator(parts.model, parts.stacked, parts.groups, part, own, scoring, budget)
         for part, own, scoring in zip(both, signals, scorings, strict=True)

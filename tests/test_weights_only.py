@@ -308,10 +308,15 @@ def test_the_seed_decides_what_is_dropped_and_nothing_else_does(zoo, adapters, n
     assert not all(torch.equal(first[module], other[module]) for module in first)
 
 
+DEVICES = "cpu", "cuda"
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", [*FOLDED, *TABLES])
 def test_a_gpu_gives_what_the_cpu_gives(zoo, tmp_path, name):
-    cpu, cuda = (METHODS[name](name, load_config(zoo, [f"device={d}"])) for d in ("cpu", "cuda"))
+    cpu, cuda = (
+        METHODS[name](name, load_config(zoo, [f"device={d}", "base.dtype=float32"])) for d in DEVICES
+    )
     for method in (cpu, cuda):
         method.output = tmp_path / method.device
         method.merge()
