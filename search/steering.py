@@ -120,8 +120,7 @@ def prepare_steering(
     both = prompts.searched, prompts.unseen
     budget = _choose_budget(parts, prompts, request)
     signals = [expert_signals(parts.model, parts.stacked, parts.groups, part, budget) for part in both]
-    few = replace(request.scoring, compiled=False)  # are scored on the unseen: too few to compile for
-    scorings = request.scoring, few
+    scorings = request.scoring, replace(request.scoring, compiled=False)  # too few are scored on the unseen
     searched, unseen = (
         PopulationEvaluator(parts.model, parts.stacked, parts.groups, part, own, scoring, budget)
         for part, own, scoring in zip(both, signals, scorings, strict=True)
