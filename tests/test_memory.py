@@ -38,7 +38,7 @@ from search.memory import (
 )
 from search.parts import assemble_parts
 from tests.test_experts import make_prompts, stack
-from tests.toys import make_model
+from tests.toys import make_model, random_ids
 
 GIB = 2**30
 DUMMIES = """
@@ -129,6 +129,16 @@ def test_a_real_models_shape_is_read_from_its_configuration():
     assert shape_of(shapes) == MISTRAL
     assert MISTRAL.cache == 131_072
     assert shape_of(make_model("gpt2")).d_inner == 4 * shape_of(make_model("gpt2")).d_hidden
+
+
+def test_a_cache_takes_what_the_shape_says(architecture):
+    model, ids = make_model(architecture), random_ids(2, 6)
+    past = model(ids, use_cache=True).past_key_values
+    n_bytes = sum(t.numel() * t.dtype.itemsize for layer in past.layers for t in (layer.keys, layer.values))
+    shape = shape_of(model)
+    assert shape.cache * ids.numel() == n_bytes
+    assert shape.n_layers == len(past.layers)
+    assert 0 < shape.forward < shape.graph
 
 
 def test_a_7b_model_writes_64_rows_under_46_gib_and_fewer_tokens_under_22():
