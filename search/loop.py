@@ -14,7 +14,7 @@ from search.errors import InputError
 from search.interruption import Interrupted
 from search.racing import Evaluator, Race, order_blocks, plan_race
 from search.space import FloatArray
-from search.timebox import TimeBox
+from search.timebox import OutOfTime, TimeBox
 from search.trace import Generation, TraceWriter
 
 CAUTION = 1.2
@@ -77,6 +77,12 @@ class Progress:
     evaluations: int
     best_loss: float
     left_s: float
+    seconds: float = 0.0
+    """That scoring this generation took."""
+    n_tokens: int = 0
+    """In its forward passes."""
+    longest_s: float = 0.0
+    """Longest generation so far, from ask to tell."""
 
 
 EndedBy = Literal["evaluations", "clock", "interrupt"]
@@ -179,8 +185,9 @@ def search_loop(
 ) -> SearchOutcome:
     """Search until the evaluations are spent, another generation would not fit, or somebody interrupts.
 
-    The very first generation always runs, whatever the limits. `Interrupted` from the evaluator, or
-    `interrupted()` between generations, ends the search with what it has; a generation under way is dropped.
+    The very first generation always begins, whatever the limits. `Interrupted` or `OutOfTime` from the
+    evaluator, or `interrupted()` between generations, ends the search with what it has; a generation under
+    way is dropped.
 
     Raises:
         InputError: when no candidate has a finite loss, or `past` is not this optimiser's.
@@ -198,6 +205,8 @@ def search_loop(
                 _run_generation(state, engine, tools, limits)
         except Interrupted:
             ended_by = "interrupt"
+        except OutOfTime:
+            ended_by = "clock"
     mean = engine.optimizer.mean()
     contents = state.archive.contents(len(mean), state.n_experts)
     return SearchOutcome(*contents, mean, state.evaluations, ended_by, state.generations, state.longest_s)
@@ -237,7 +246,7 @@ def _run_generation(state: SearchState, engine: Engine, tools: SearchTools, limi
         optimizer.inject(injected)
     genomes = optimizer.ask()
     index = state.before.generations + state.generations
-    race = Race(genomes, engine.evaluator)
+    race, raced_from_s = Race(genomes, engine.evaluator), tools.timebox.elapsed_s()
     rungs = plan_race(len(genomes), engine.evaluator.n_blocks, limits.race_keep)
     race.run(rungs, order_blocks(engine.evaluator.n_blocks, limits.seed, index))
     scored_s = tools.timebox.elapsed_s()
@@ -260,5 +269,14 @@ def _run_generation(state: SearchState, engine: Engine, tools: SearchTools, limi
     state.take(generation)
     optimizer.tell(generation.losses)
     state.longest_s = max(state.longest_s, tools.timebox.elapsed_s() - started_s)
-    evaluations, best = generation.evaluations, state.archive.best_loss()
-    tools.on_generation(Progress(index + 1, evaluations, best, tools.timebox.left_s()))
+    tools.on_generation(
+        Progress(
+            index + 1,
+            generation.evaluations,
+            state.archive.best_loss(),
+            tools.timebox.left_s(),
+            scored_s - raced_from_s,
+            race.n_tokens,
+            state.longest_s,
+        )
+    )

@@ -27,7 +27,8 @@ LAYERS = (
     {"adapters", "archive", "base", "finalists", "gradient", "movement", "optimizer", "plugin", "priors"}
     | {"racing", "report", "settings", "tables"},
     {"config", "figures", "figures_genomes", "finding", "loop", "prior_learning", "recorded", "stack"},
-    {"balance", "forecast", "merge", "parts", "population", "progress", "resume", "stages", "summary"},
+    {"balance", "forecast", "merge", "parts", "population", "progress", "reserves", "resume", "stages"}
+    | {"summary"},
     {"compress", "delivery", "diagnosis", "drafts", "planning", "trust"},
     {"diagnosis_text", "export", "prompts"},
     {"experts"},
@@ -35,7 +36,8 @@ LAYERS = (
     {"evaluate"},
     {"steering"},
     {"ending", "setup"},
-    {"phases", "steps", "trial"},
+    {"outcome", "steps", "trial"},
+    {"phases"},
     {"doctor", "run"},
     {"__init__", "__main__"},
 )
@@ -44,7 +46,18 @@ TORCH_FREE = {
     *("archive", "card", "config", "diagnosis", "diagnosis_text", "errors", "figures", "figures_genomes"),
     *("files", "finalists", "finding", "forecast", "gradient", "groups", "interruption", "locate", "loop"),
     *("movement", "optimizer", "picture", "planning", "prior_learning", "priors", "profiles", "progress"),
-    *("provenance", "racing", "report", "resume", "settings", "skeleton", "space", "stages", "summary"),
+    *(
+        "provenance",
+        "racing",
+        "report",
+        "reserves",
+        "resume",
+        "settings",
+        "skeleton",
+        "space",
+        "stages",
+        "summary",
+    ),
     *("tables", "timebox", "trace", "transforms", "trust", "workspace", "yaml_input"),
 }
 ONLY_IN = {

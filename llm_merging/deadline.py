@@ -1,0 +1,120 @@
+"""How long answers take, and how much of each may still be written so that all are there in time.
+
+Knows sizes of queries, measured seconds and a clock; not texts, models or memory.
+
+Choices cost seconds by the token read, generations by the token read and the token written. What was measured
+is held against what the last batch took, so that a machine that is slower by now is known after one batch.
+"""
+
+import logging
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from llm_merging.data import GENERATION
+from llm_merging.sizing import SizedQuery
+
+LEAST_NEW_TOKENS = 4
+"""Of a generation: with fewer, few answers can be right."""
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerRates:
+    """Seconds by the token."""
+
+    choice_s: float
+    """Of a prompt read once and of its choices' tokens."""
+    read_s: float
+    """Of a generation's prompt."""
+    write_s: float
+    """Of a token written, prompt by prompt."""
+
+    def seconds(self, sized: Sequence[SizedQuery], n_new: int) -> float:
+        """Seconds that these take, generations of `n_new` tokens each."""
+        written = [s for s in sized if s.query.eval_type == GENERATION]
+        n_chosen = sum(choice_tokens(s) for s in sized if s.query.eval_type != GENERATION)
+        n_read, n_written = sum(s.n_input for s in written), n_new * len(written)
+        return self.choice_s * n_chosen + self.read_s * n_read + self.write_s * n_written
+
+
+def choice_tokens(sized: SizedQuery) -> int:
+    """Tokens that scoring a query's choices reads: the prompt is read once for all of them."""
+    return sized.n_input + sized.n_rows * sized.n_answer
+
+
+@dataclass(slots=True)
+class Deadline:
+    """Decides for each batch how many queries go into it and how many tokens they may get.
+
+    Example:
+        while todo and (batch := deadline.fit(batch, todo)):
+            ... answer the batch with at most deadline.n_new new tokens ...
+            deadline.learn(batch, seconds)
+    """
+
+    left_s: Callable[[], float]
+    """Seconds until all answers must be there."""
+    rates: AnswerRates | None
+    """As measured before; None where nothing was."""
+    most_new: int
+    """Tokens of a generation when there is time."""
+    n_new: int = 0
+    """Tokens that a generation of the next batch may have."""
+    n_shortened: int = 0
+    """Generations answered with fewer tokens."""
+    n_guessed: int = 0
+    """Queries that no time was left for."""
+    _pace: float = field(default=1.0)
+    """Seconds of the last batch over those foreseen."""
+
+    def __post_init__(self) -> None:
+        self.n_new = self.most_new
+
+    def fit(self, batch: list[SizedQuery], todo: Sequence[SizedQuery]) -> list[SizedQuery]:
+        """Return what of a batch is to be answered next, and set `n_new`; nothing when time is over.
+
+        Args:
+            batch: what memory has room for, the first of `todo`.
+            todo: all that is not answered, choices first, the longest first.
+        """
+        left_s = self.left_s()
+        if self.rates is None or math.isinf(left_s):
+            return batch if left_s > 0 else []
+        n_new = self.most_new
+        while n_new > LEAST_NEW_TOKENS and self._seconds(todo, n_new) > left_s:
+            n_new = max(LEAST_NEW_TOKENS, n_new // 2)
+        self._tell(n_new, batch)
+        self.n_new = n_new
+        while batch and self._seconds(batch, n_new) > left_s:
+            batch = batch[len(batch) // 2 + 1 :]  # the shorter half: more of them fit
+        return batch
+
+    def learn(self, batch: Sequence[SizedQuery], seconds: float) -> None:
+        """Take note of what a batch took, and of what it was not given."""
+        n_new = self.n_new
+        if batch[0].query.eval_type == GENERATION and n_new < self.most_new:
+            self.n_shortened += len(batch)
+        if self.rates is None:
+            n_tokens = sum(choice_tokens(s) for s in batch)
+            each_s = seconds / max(1, n_tokens)
+            self.rates = AnswerRates(each_s, each_s, each_s)
+        elif (foreseen_s := self.rates.seconds(batch, n_new)) > 0:
+            self._pace = seconds / foreseen_s
+
+    def _seconds(self, sized: Sequence[SizedQuery], n_new: int) -> float:
+        return self._pace * self.rates.seconds(sized, n_new) if self.rates else 0.0
+
+    def _tell(self, n_new: int, batch: Sequence[SizedQuery]) -> None:
+        if n_new < self.n_new == self.most_new and batch[0].query.eval_type == GENERATION:
+            logging.getLogger(__name__).warning(
+                "time is short: generations have at most %d new tokens from here on, or fewer", n_new
+            )
+
+    def describe(self) -> str:
+        """Say how many answers are not what they would have been with more time; "" if all are."""
+        found = []
+        if self.n_shortened:
+            found.append(f"{self.n_shortened} generations were cut below {self.most_new} tokens")
+        if self.n_guessed:
+            found.append(f"{self.n_guessed} queries were not read and got a placeholder")
+        return f"time was short: {', '.join(found)}; a larger --time-box answers them" if found else ""
