@@ -36,6 +36,8 @@ EMPTY_PREDICTION = "unknown"
 ESTIMATE_MARGIN = 1.05
 """The merged model may write longer answers than the base, on which answering is measured. What takes
 longer than foreseen is answered in what the time box has to spare, or with fewer tokens."""
+SAMPLED_SHARE = 0.1
+"""Of the batches, how many are answered to measure what all take."""
 
 _LONE_RETURN = re.compile(r"\r(?!\n)")
 
@@ -102,27 +104,35 @@ def answer_queries(
 
 
 def measure_rates(method: Answerer, queries: Sequence[Query]) -> AnswerRates:
-    """Measure what answering takes by the token: the middle batch of each kind, generations twice.
+    """Measure what answering takes by the token, on a tenth of the batches of each kind, evenly spaced.
 
-    Written once in full and once to the first token, a batch tells reading and writing apart.
+    Generations are written once in full and once to the first token, which tells reading and writing apart.
     """
     sized = longest_first(_size_for(method, queries))
-    choice_s = read_s = write_s = 0.0
-    for kind in KINDS:
-        own = [s for s in sized if s.query.eval_type == kind]
-        if not own:
-            continue
-        batches = list(plan_batches(own, _default_budget(method, kind)))
-        middle = batches[len(batches) // 2]
-        _time_batch(method, [middle[-1]], 2)  # what is loaded at the first call
-        whole_s = _time_batch(method, middle, method.max_gen_len)
-        if kind == MULTIPLE_CHOICE:
-            choice_s = whole_s / sum(choice_tokens(s) for s in middle)
-            continue
-        first_s = min(_time_batch(method, middle, 1), whole_s)
-        read_s = first_s / sum(s.n_input for s in middle)
-        write_s = (whole_s - first_s) / (len(middle) * method.max_gen_len)
-    return AnswerRates(choice_s, read_s, write_s)
+    choices = [s for s in sized if s.query.eval_type == MULTIPLE_CHOICE]
+    written = [s for s in sized if s.query.eval_type == GENERATION]
+    choice_s = _foresee(method, choices, 1)
+    whole_s, first_s = _foresee(method, written, method.max_gen_len), _foresee(method, written, 1)
+    return AnswerRates(
+        choice_s=choice_s / max(1, sum(map(choice_tokens, choices))),
+        read_s=min(first_s, whole_s) / max(1, sum(s.n_input for s in written)),
+        write_s=max(0.0, whole_s - first_s) / max(1, len(written) * method.max_gen_len),
+    )
+
+
+def _foresee(method: Answerer, sized: Sequence[SizedQuery], n_new: int) -> float:
+    """Answer some batches of one kind, and return the seconds that all of them would take."""
+    if not sized:
+        return 0.0
+    _time_batch(method, [sized[-1]], min(2, n_new))  # what is loaded at the first call
+    batches = list(plan_batches(sized, _default_budget(method, sized[0].query.eval_type)))
+    n_samples = max(1, round(SAMPLED_SHARE * len(batches)))
+    total_s = 0.0
+    for sample in range(n_samples):
+        begin, end = (len(batches) * (sample + k) // n_samples for k in (0, 1))
+        middle, own = batches[(begin + end) // 2], sum(map(batch_cost, batches[begin:end]))
+        total_s += _time_batch(method, middle, n_new) * own / batch_cost(middle)
+    return total_s
 
 
 def estimate_seconds(method: Answerer, queries: Sequence[Query], rates: AnswerRates) -> float:

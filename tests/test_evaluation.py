@@ -194,7 +194,7 @@ def test_the_time_to_answer_is_measured_on_few_batches(monkeypatch):
     taken_s = method.now_s - measured_s
     assert measured_s < taken_s / 2
     expected_s = evaluation.ESTIMATE_MARGIN * taken_s
-    assert estimate_seconds(method, queries, rates) == pytest.approx(expected_s, rel=0.05)
+    assert estimate_seconds(method, queries, rates) == pytest.approx(expected_s, rel=0.1)
     assert estimate_seconds(method, [], measure_rates(method, [])) == 0
 
 
