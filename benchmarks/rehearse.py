@@ -4,9 +4,9 @@
 
 Each run is a fresh process (benchmarks/rehearsed_job.py, which also says how a machine is made slower), whose
 seconds are counted from outside, from its start to its end. A line of JSON is kept of each, and beside them
-in a folder its log, with the second at which each line came, its trace and its answers. Exit code 0 if all runs
-worked, ended in time and answered everything, with 3 to 10 % of the box unused; runs that had no room for a
-search, or whose search its evaluations ended, may leave more.
+in a folder its log, with the second at which each line came, its trace and its answers. Exit code 0 if all
+runs worked, ended in time and answered everything, with 3 to 10 % of the box unused; runs that had no room
+for a search, or whose search its evaluations ended, may leave more.
 """
 
 import argparse
@@ -107,7 +107,7 @@ def run_once(arguments: argparse.Namespace, seed: int, kept: Path) -> Row:
 def make_command(arguments: argparse.Namespace, seed: int, output: Path, facts: Path) -> list[str]:
     """Return the command of one run."""
     held_up = ["--slow-down", arguments.slow_down, "--slow-from", *arguments.slow_from]
-    held_up += ["--stall", arguments.stall]
+    held_up += ["--stall", arguments.stall, "--started", time.monotonic()]
     if arguments.memory_gib:
         held_up += ["--memory-gib", arguments.memory_gib]
     job = ["--config", arguments.config, "--dataset_filepaths", arguments.queries, "--seed", seed]

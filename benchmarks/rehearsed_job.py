@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import wraps
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,7 @@ class Slowness:
     def hold_up(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Return the function, held up."""
 
+        @wraps(function)
         def slower(*args: Any, **kwargs: Any) -> Any:
             with self.held_up():
                 return function(*args, **kwargs)
@@ -92,7 +94,9 @@ def wait_for_device() -> None:
 class Notes:
     """Seconds since the process began at which something was reached, and the most memory."""
 
-    def __init__(self) -> None:
+    def __init__(self, started_s: float) -> None:
+        """Take the reading of time.monotonic when the process began."""
+        self._started_s = started_s
         self.marks: list[tuple[str, float]] = []
         self._peak_bytes = 0
         if torch.cuda.is_available():
@@ -101,9 +105,13 @@ class Notes:
 
     def mark(self, name: str) -> None:
         """Note that something is done, and say so."""
-        seconds = seconds_of_process()
-        self.marks.append((name, round(seconds, 2)))
-        print(f"[{seconds:8.2f} s] {name}", file=sys.stderr, flush=True)
+        self.marks.append((name, round(time.monotonic() - self._started_s, 2)))
+        self.tell(name)
+
+    def tell(self, text: str) -> None:
+        """Say something, and when."""
+        seconds = time.monotonic() - self._started_s
+        print(f"[{seconds:8.2f} s] {text}", file=sys.stderr, flush=True)
 
     def after(self, owner: Any, attribute: str, name: str) -> None:
         """Note when a function, an attribute of `owner`, has returned."""
@@ -143,17 +151,30 @@ def hold_up_job(slow: Slowness, notes: Notes, stall_s: float) -> None:
         time.sleep(stall_s)
         loaded = load_base(*args, **kwargs)
         notes.mark("base")
-        model = loaded.model
-        model.forward = slow.hold_up(model.forward)
+        if slow.moments:
+            loaded.model.forward = slow.hold_up(loaded.model.forward)
         return loaded
 
     merges.load_base = stalled  # type: ignore[attr-defined]
-    torch.autograd.grad = slow.hold_up(torch.autograd.grad)
-    record = writing._record
-    writing._record = lambda step: slow.hold_up(record(step))
+    if slow.moments:
+        torch.autograd.grad = slow.hold_up(torch.autograd.grad)
+        record = writing._record
+        writing._record = lambda step: slow.hold_up(record(step))
     notes.after(merges.Merges, "_load_tokenizer", "tokenizer")
     notes.after(merges.Merges, "check_adapters", "adapters checked")
     notes.after(run, "load_setup", "adapters")
+    save_model = merges.Merges.save_model
+
+    def saved(self: Any, *args: Any, **kwargs: Any) -> None:
+        save_model(self, *args, **kwargs)
+        notes.mark("saved")
+        slow.reach("answers")
+
+    merges.Merges.save_model = saved
+
+
+def follow_search(slow: Slowness, notes: Notes) -> None:
+    """Note what the trace is told, and when the search begins."""
     search = phases.Phases._search
 
     def timed_search(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -169,14 +190,14 @@ def hold_up_job(slow: Slowness, notes: Notes, stall_s: float) -> None:
             notes.mark(event)
 
     trace.TraceWriter.event = noted_event
-    save_model = merges.Merges.save_model
+    write_generation = trace.TraceWriter.generation
 
-    def saved(self: Any, *args: Any, **kwargs: Any) -> None:
-        save_model(self, *args, **kwargs)
-        notes.mark("saved")
-        slow.reach("answers")
+    def told_generation(self: Any, generation: Any) -> None:
+        write_generation(self, generation)
+        best = min(generation.losses)
+        notes.tell(f"generation {generation.index}: {generation.seconds:.2f} s, best {best:.4f}")
 
-    merges.Merges.save_model = saved
+    trace.TraceWriter.generation = told_generation
 
 
 def main(argv: Sequence[str]) -> None:
@@ -188,13 +209,18 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--slow-from", nargs="+", choices=MOMENTS, default=["start"])
     parser.add_argument("--stall", type=float, default=0.0)
     parser.add_argument("--memory-gib", type=float)
+    parser.add_argument("--started", type=float, help="time.monotonic() of whoever began the process")
     arguments = parser.parse_args(own)
     if arguments.memory_gib:
         limit_memory(arguments.memory_gib)
     moments = arguments.slow_from if arguments.slow_down != 1 else ()
-    slow, notes = Slowness(arguments.slow_down, moments), Notes()
+    age_s = seconds_of_process()
+    started_s = time.monotonic() - age_s if arguments.started is None else arguments.started
+    slow, notes = Slowness(arguments.slow_down, moments), Notes(started_s)
+    notes.tell(f"of the process's own account {age_s:.2f} s")
     notes.mark("imports")
     hold_up_job(slow, notes, arguments.stall)
+    follow_search(slow, notes)
     sys.argv = [str(ROOT / "llm_merging/main.py"), *job]
     try:
         runpy.run_path(sys.argv[0], run_name="__main__")

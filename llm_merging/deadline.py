@@ -3,7 +3,7 @@
 Knows sizes of queries, measured seconds and a clock; not texts, models or memory.
 
 Choices cost seconds by the token read, generations by the token read and the token written. What was measured
-is held against what the last batch took, so that a machine that is slower by now is known after one batch.
+is held against what batches take, so that a machine that is slower by now is soon known to be.
 """
 
 import logging
@@ -16,6 +16,8 @@ from llm_merging.sizing import SizedQuery
 
 LEAST_NEW_TOKENS = 4
 """Of a generation: with fewer, few answers can be right."""
+PRIOR_SHARE = 0.1
+"""Of a kind's seconds, how many count as taken at the pace known before: batches differ among themselves."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,8 +66,11 @@ class Deadline:
     """Generations answered with fewer tokens."""
     n_guessed: int = 0
     """Queries that no time was left for."""
-    _pace: float = field(default=1.0)
-    """Seconds of the last batch over those foreseen."""
+    _pace: float = 1.0
+    """Seconds that the present kind takes over those foreseen; to begin with, as the kind before took."""
+    _kind: str = ""
+    _known_s: list[float] = field(default_factory=lambda: [0.0, 0.0])
+    """Seconds taken, and foreseen, by this kind's batches so far, with some to begin with."""
 
     def __post_init__(self) -> None:
         self.n_new = self.most_new
@@ -78,6 +83,7 @@ class Deadline:
             todo: all that is not answered, choices first, the longest first.
         """
         left_s = self.left_s()
+        self._see_kind(batch[0].query.eval_type, todo)
         if self.rates is None or math.isinf(left_s):
             return batch if left_s > 0 else []
         n_new = self.most_new
@@ -98,8 +104,18 @@ class Deadline:
             n_tokens = sum(choice_tokens(s) for s in batch)
             each_s = seconds / max(1, n_tokens)
             self.rates = AnswerRates(each_s, each_s, each_s)
-        elif (foreseen_s := self.rates.seconds(batch, n_new)) > 0:
-            self._pace = seconds / foreseen_s
+        else:
+            self._known_s[0] += seconds
+            self._known_s[1] += self.rates.seconds(batch, n_new)
+            if self._known_s[1] > 0:
+                self._pace = self._known_s[0] / self._known_s[1]
+
+    def _see_kind(self, kind: str, todo: Sequence[SizedQuery]) -> None:
+        """Where another kind begins, expect the same pace of it until a tenth of it is answered."""
+        if kind != self._kind and self.rates is not None:
+            own = [s for s in todo if s.query.eval_type == kind]
+            foreseen_s = PRIOR_SHARE * self.rates.seconds(own, self.most_new)
+            self._kind, self._known_s = kind, [self._pace * foreseen_s, foreseen_s]
 
     def _seconds(self, sized: Sequence[SizedQuery], n_new: int) -> float:
         return self._pace * self.rates.seconds(sized, n_new) if self.rates else 0.0

@@ -113,6 +113,8 @@ def measure_rates(method: Answerer, queries: Sequence[Query]) -> AnswerRates:
     written = [s for s in sized if s.query.eval_type == GENERATION]
     choice_s = _foresee(method, choices, 1)
     whole_s, first_s = _foresee(method, written, method.max_gen_len), _foresee(method, written, 1)
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()  # what follows wants its own sizes
     return AnswerRates(
         choice_s=choice_s / max(1, sum(map(choice_tokens, choices))),
         read_s=min(first_s, whole_s) / max(1, sum(s.n_input for s in written)),

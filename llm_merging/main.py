@@ -38,13 +38,15 @@ from llm_merging.merging.Merges import REPOSITORY, choose_config
 from llm_merging.sizing import check_sizes, size_queries
 from search.config import SearchConfig, load_config
 from search.errors import InputError
-from search.timebox import seconds_of_process
+from search.timebox import PROCESS_END_S, seconds_of_process
 
-STARTED_S = time.monotonic() - seconds_of_process() if __name__ == "__main__" else IMPORTED_S
+LONGEST_START_S = 600.0
+"""A process that says it is older than this is not believed: some containers tell the machine's age."""
+AGE_S = seconds_of_process() if __name__ == "__main__" else math.inf
+STARTED_S = time.monotonic() - AGE_S if AGE_S < LONGEST_START_S else IMPORTED_S
 """When the process began, on time.monotonic's clock: starting Python is of the time box too."""
 ANSWERS_SPARE_SHARE = 0.035
-"""Of the time box, what answers leave for writing them and for the end of the process; at least a second."""
-LEAST_SPARE_S = 1.0
+"""Of the time box, what answers leave for writing them, beside what the process takes to end."""
 
 Datasets = dict[Path, list[Query]]
 
@@ -128,7 +130,7 @@ class Answers:
 
     def _deadline(self, time_box_s: float) -> Deadline:
         """Return when all answers must be there: never, where it is too late for that already."""
-        end_s = time_box_s - max(LEAST_SPARE_S, ANSWERS_SPARE_SHARE * time_box_s)
+        end_s = (1 - ANSWERS_SPARE_SHARE) * time_box_s - PROCESS_END_S
         late_s = seconds_gone() - end_s
         if late_s >= 0:
             logging.getLogger(__name__).warning(

@@ -22,8 +22,10 @@ FINALISTS_SHARE = 0.25
 """Of the time that is left after all else, the most that is kept for finalists beyond the few."""
 AGAIN_SHARE, AGAIN_GENERATIONS = 0.15, 3
 """What is left of the search, as a share of it and in generations, when all is measured again."""
+STEADY = 1.1
+"""A pace up to this is taken for 1: seconds of the same work differ, and the time box has some to spare."""
 N_RECENT = 3
-"""Generations that the present pace is the mean of."""
+"""Generations, or gradients, whose middle one is the present pace: one alone may be slow for nothing."""
 PROMPT_AGREEMENTS = 3
 """Merges whose agreement is counted at the end, usually at most: uniform, winner, one that collapsed."""
 
@@ -65,10 +67,9 @@ class Reserves:
         self.costs = self._measure_now()
         box.reserve("merge", self.costs.merge_s)
         box.reserve("later", self.costs.later_s)
-        costs, left_s = self.costs, max(0.0, box.left_s())
-        few_s, all_s = costs.finalists_s(costs.n_few), costs.finalists_s(costs.n_finalists)
-        self._most_finalists_s = min(all_s, max(few_s, FINALISTS_SHARE * left_s))
-        self._most_refine_s = REFINE_SHARE * max(0.0, left_s - self._most_finalists_s)
+        left_s = max(0.0, box.left_s())
+        self._most_finalists_s, self._may_end = FINALISTS_SHARE * left_s, self.few_s() <= left_s / 2
+        self._most_refine_s = REFINE_SHARE * max(0.0, left_s - self._most_s())
         self._reserve()
         self._search_s = max(0.0, box.left_s())
 
@@ -76,8 +77,7 @@ class Reserves:
         """Follow the pace of the search, and measure all again when it is nearly over."""
         self._recent.append(seconds / max(1, n_tokens))
         self._fastest = min(self._fastest, self._recent[-1])
-        self.pace = max(1.0, sum(self._recent) / len(self._recent) / self._fastest)
-        self._reserve()
+        self._follow(self._recent_s() / self._fastest)
         left_s = self._box.left_s()
         near_s = max(AGAIN_SHARE * self._search_s, AGAIN_GENERATIONS * longest_s + self._measuring_s)
         if not self._again and self.pace * self._measuring_s < left_s < near_s:
@@ -88,6 +88,7 @@ class Reserves:
     def begin_ending(self) -> None:
         """Give back what was kept for refinement and finalists: they begin."""
         self._over = True
+        self._recent.clear()
         for name in ("refine", "finalists"):
             self._box.release(name)
 
@@ -106,8 +107,8 @@ class Reserves:
         """Whether one more gradient fits before the finalists; timed from call to call."""
         now_s = self._box.elapsed_s()
         if self._began_s is not None and self.costs.gradient_s > 0:
-            self.pace = max(1.0, (now_s - self._began_s) / self.costs.gradient_s)
-            self._reserve()
+            self._recent.append(now_s - self._began_s)
+            self._follow(self._recent_s() / self.costs.gradient_s)
         self._began_s = now_s
         return self._box.fits(self._most_s() + CAUTION * self.pace * self.costs.gradient_s)
 
@@ -138,11 +139,19 @@ class Reserves:
         )
         return costs
 
+    def _recent_s(self) -> float:
+        """Return the middle one of the recent seconds; of two the shorter."""
+        return sorted(self._recent)[(len(self._recent) - 1) // 2]
+
+    def _follow(self, pace: float) -> None:
+        self.pace = pace if pace > STEADY else 1.0
+        self._reserve()
+
     def _reserve(self) -> None:
         costs, box = self.costs, self._box
         box.reserve("merge", self.pace * costs.merge_s)
         box.reserve("later", self.pace * costs.later_s)
         if not self._over:
-            box.reserve("finalists", self._most_s())
             refine_s = self.pace * costs.n_gradients * costs.gradient_s
-            box.reserve("refine", min(refine_s, self._most_refine_s))
+            box.reserve("finalists", self._most_s() if self._may_end else 0.0)  # none, where not even few fit
+            box.reserve("refine", min(refine_s, self._most_refine_s) if self._may_end else 0.0)

@@ -20,7 +20,7 @@ from search.progress import ProgressLine
 from search.recorded import TRACE_FILE
 from search.resume import Record, read_record, refuse_changes
 from search.setup import load_setup
-from search.timebox import SPARE_SHARE, TimeBox
+from search.timebox import PROCESS_END_S, SPARE_SHARE, TimeBox
 from search.trace import TraceWriter
 from search.workspace import hold_folder
 
@@ -58,7 +58,7 @@ def run_search(  # noqa: PLR0913 (a configuration, a folder, and what a caller m
         record = read_record(path) if resume else Record()
         box = TimeBox(config.search.time_box_s, started_s=time.monotonic() - record.elapsed_s)
         box.reserve("caller", reserve_s)
-        box.reserve("spare", SPARE_SHARE * box.limit_s)
+        box.reserve("spare", SPARE_SHARE * box.limit_s + PROCESS_END_S)
         interruption = held.enter_context(Interruption())
         line = held.enter_context(ProgressLine(config.search.max_evaluations))
         line.phase("timing what follows")

@@ -10,7 +10,9 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 
 SPARE_SHARE = 0.05
-"""Of a time box, what no phase plans with: estimates err, and a process takes a while to end."""
+"""Of a time box, what no phase plans with: estimates err."""
+PROCESS_END_S = 1.0
+"""What a process takes to end, about, which is not planned with either."""
 
 
 class OutOfTime(Exception):  # noqa: N818 (a limit, not an error)
