@@ -200,11 +200,11 @@ class Phases:
     def _judge(self, steering: Steering, found: Found, reserves: Reserves) -> tuple[EndedBy, Judgement]:
         """Compare on unseen prompts; on searched ones after an interrupt (before or now), or without time."""
         self._phase("finalists")
-        reserves.begin_ending()
         done = self._record.event("finalists")  # is done again as it was, whatever the clock says
         try:
             if self._interruption.requested:
                 raise Interrupted
+            reserves.begin_ending()
             if not (done["prompts"] == "unseen" if done else reserves.may_compare()):
                 raise OutOfTime
             pace = self._pace_refinement(done is not None, reserves)

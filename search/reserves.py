@@ -86,11 +86,21 @@ class Reserves:
             self._reserve()
 
     def begin_ending(self) -> None:
-        """Give back what was kept for refinement and finalists: they begin."""
+        """Give back what was kept for refinement and finalists: they begin.
+
+        Where time is short and the machine is not as it was when all was measured, that is done again first.
+        """
         self._over = True
-        self._recent.clear()
         for name in ("refine", "finalists"):
             self._box.release(name)
+        all_s = self._most_s() + self.pace * self.costs.n_gradients * self.costs.gradient_s
+        left_s = self._box.left_s()
+        if (
+            self.pace > 1 or not self._again
+        ) and self.pace * self._measuring_s + self.few_s() < left_s < 2 * all_s:
+            self.costs = self._measure_now()
+            self._reserve()
+        self._recent.clear()
 
     def may_compare(self) -> bool:
         """Whether there is time for a few finalists."""
