@@ -37,6 +37,16 @@ from search.trace import TraceWriter
 
 
 @dataclass(frozen=True, slots=True)
+class Later:
+    """What the caller does with the merge, within the same time box."""
+
+    measure_s: Callable[[], float]
+    """Measures the seconds that it takes."""
+    measuring_s: float
+    """Seconds that measuring took."""
+
+
+@dataclass(frozen=True, slots=True)
 class Shared:
     """What all phases use."""
 
@@ -45,8 +55,7 @@ class Shared:
     line: ProgressLine
     interruption: Interruption
     record: Record
-    measure_later_s: Callable[[], float]
-    """Measures the seconds that the caller needs after the run."""
+    later: Later
 
 
 class Phases:
@@ -56,7 +65,7 @@ class Phases:
         self._setup, self._config, self._parts = setup, setup.config, setup.parts
         self._trace, self._box, self._line = shared.trace, shared.box, shared.line
         self._interruption, self._record = shared.interruption, shared.record
-        self._measure_later_s = shared.measure_later_s
+        self._later = shared.later
         self._phase_name = "load"
         self._n_back_offs = 0
 
@@ -135,10 +144,10 @@ class Phases:
         known_later_s = [self._box.reserves["later"]]  # measured a moment ago
 
         def measure() -> EndingCosts:
-            later_s = known_later_s.pop() if known_later_s else self._measure_later_s()
+            later_s = known_later_s.pop() if known_later_s else self._later.measure_s()
             return measure_ending(steering, self._config.search, self._box.elapsed_s, merge_s, later_s)
 
-        return Reserves(self._box, measure)
+        return Reserves(self._box, measure, self._later.measuring_s)
 
     def _search(self, steering: Steering, reserves: Reserves) -> Found:
         self._phase("search")

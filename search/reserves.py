@@ -55,8 +55,12 @@ class EndingCosts:
 class Reserves:
     """Keeps what follows the search in the box, at the pace that the machine has now."""
 
-    def __init__(self, box: TimeBox, measure: Callable[[], EndingCosts]) -> None:
-        """Measure, and reserve."""
+    def __init__(self, box: TimeBox, measure: Callable[[], EndingCosts], known_after_s: float = 0.0) -> None:
+        """Measure, and reserve.
+
+        Args:
+            known_after_s: what of measuring was done before, and will have to be done again with the rest.
+        """
         self._box, self._measure = box, measure
         self._recent: deque[float] = deque(maxlen=N_RECENT)
         self._again = self._over = False
@@ -65,6 +69,7 @@ class Reserves:
         self.pace = 1.0
         """Seconds that work takes now over those when it was measured; 1 or more."""
         self.costs = self._measure_now()
+        self._measuring_s += known_after_s
         box.reserve("merge", self.costs.merge_s)
         box.reserve("later", self.costs.later_s)
         left_s = max(0.0, box.left_s())

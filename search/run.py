@@ -15,7 +15,7 @@ from search.interruption import Interruption
 from search.merge import refuse_strangers
 from search.objective import Objective
 from search.outcome import RunResult
-from search.phases import Phases, Shared
+from search.phases import Later, Phases, Shared
 from search.progress import ProgressLine
 from search.recorded import TRACE_FILE
 from search.resume import Record, read_record, refuse_changes
@@ -62,7 +62,9 @@ def run_search(  # noqa: PLR0913 (a configuration, a folder, and what a caller m
         interruption = held.enter_context(Interruption())
         line = held.enter_context(ProgressLine(config.search.max_evaluations))
         line.phase("timing what follows")
+        asked_s = box.elapsed_s()
         box.reserve("later", measure_later_s())
+        later = Later(measure_later_s, box.elapsed_s() - asked_s)
         line.phase("load")
         setup = load_setup(config, base, objective)
         header = setup.describe()
@@ -75,5 +77,5 @@ def run_search(  # noqa: PLR0913 (a configuration, a folder, and what a caller m
             trace.header(header)
         else:
             trace.event("resumed", generations=len(record.trace.generations), elapsed_s=record.elapsed_s)
-        shared = Shared(trace, box, line, interruption, record, measure_later_s)
+        shared = Shared(trace, box, line, interruption, record, later)
         return Phases(setup, shared).finish(output)

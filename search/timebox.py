@@ -11,7 +11,7 @@ from pathlib import Path
 
 SPARE_SHARE = 0.05
 """Of a time box, what no phase plans with: estimates err."""
-PROCESS_END_S = 1.0
+PROCESS_END_S = 1.5
 """What a process takes to end, about, which is not planned with either."""
 
 
