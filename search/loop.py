@@ -3,8 +3,9 @@
 Knows vectors, losses, seconds and the trace; not models, prompts, coefficients or nevergrad. No torch.
 """
 
+from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 import numpy as np
@@ -18,7 +19,9 @@ from search.timebox import OutOfTime, TimeBox
 from search.trace import Generation, TraceWriter
 
 CAUTION = 1.2
-"""A generation starts only if this many times the longest one so far fits in the time left."""
+"""A generation starts only if this many times the longest recent one fits in the time left."""
+N_LOOKED_BACK = 8
+"""Generations that are recent: the very first may have compiled, or loaded, what later ones find there."""
 
 
 class Optimizer(Protocol):
@@ -82,7 +85,7 @@ class Progress:
     n_tokens: int = 0
     """In its forward passes."""
     longest_s: float = 0.0
-    """Longest generation so far, from ask to tell."""
+    """Longest recent generation, from ask to tell."""
 
 
 EndedBy = Literal["evaluations", "clock", "interrupt"]
@@ -114,7 +117,7 @@ class SearchOutcome:
     ended_by: EndedBy
     generations: int
     longest_s: float
-    """Longest generation so far, earlier stages included."""
+    """Longest recent generation, earlier stages included."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -150,7 +153,7 @@ class Before:
     n_candidates: int = 0
     """Of their last generation."""
     longest_s: float = 0.0
-    """Their longest generation, from ask to tell."""
+    """Their longest recent generation, from ask to tell."""
 
 
 _NOTHING, _NO_PAST = Before(), Past()
@@ -166,9 +169,14 @@ class SearchState:
     evaluations: int = 0
     batch: int = 0
     """Candidates of the last generation."""
-    longest_s: float = 0.0
-    """Longest generation so far, from ask to tell."""
+    recent_s: deque[float] = field(default_factory=lambda: deque(maxlen=N_LOOKED_BACK))
+    """Seconds of recent generations, from ask to tell."""
     n_experts: int = 0
+
+    @property
+    def longest_s(self) -> float:
+        """The longest of them."""
+        return max(self.recent_s, default=0.0)
 
     def take(self, generation: Generation) -> None:
         """Learn from a finished generation."""
@@ -176,7 +184,7 @@ class SearchState:
         self.archive.add(generation.genomes[full], generation.losses[full], generation.per_expert[full])
         self.batch = len(generation.genomes)
         self.generations, self.evaluations = self.generations + 1, self.evaluations + self.batch
-        self.longest_s = max(self.longest_s, generation.seconds)
+        self.recent_s.append(generation.seconds)
         self.n_experts = generation.per_expert.shape[1]
 
 
@@ -192,9 +200,8 @@ def search_loop(
     Raises:
         InputError: when no candidate has a finite loss, or `past` is not this optimiser's.
     """
-    state = SearchState(
-        Archive(limits.n_finalists), before, batch=before.n_candidates, longest_s=before.longest_s
-    )
+    state = SearchState(Archive(limits.n_finalists), before, batch=before.n_candidates)
+    state.recent_s.append(before.longest_s)
     for generation in past.generations:
         _replay_generation(state, generation, engine.optimizer)
     ended_by = past.ended_by
@@ -268,7 +275,7 @@ def _run_generation(state: SearchState, engine: Engine, tools: SearchTools, limi
     tools.trace.generation(generation)
     state.take(generation)
     optimizer.tell(generation.losses)
-    state.longest_s = max(state.longest_s, tools.timebox.elapsed_s() - started_s)
+    state.recent_s[-1] = max(state.recent_s[-1], tools.timebox.elapsed_s() - started_s)
     tools.on_generation(
         Progress(
             index + 1,

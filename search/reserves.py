@@ -106,6 +106,7 @@ class Reserves:
             self.costs = self._measure_now()
             self._reserve()
         self._recent.clear()
+        self._recent.append(self.pace * self.costs.gradient_s)
 
     def may_compare(self) -> bool:
         """Whether there is time for a few finalists."""
