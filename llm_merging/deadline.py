@@ -9,7 +9,7 @@ is held against what batches take, so that a machine that is slower by now is so
 import logging
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from llm_merging.data import GENERATION
 from llm_merging.sizing import SizedQuery
@@ -39,6 +39,9 @@ class AnswerRates:
         return self.choice_s * n_chosen + self.read_s * n_read + self.write_s * n_written
 
 
+UNKNOWN = AnswerRates(0.0, 0.0, 0.0)
+
+
 def choice_tokens(sized: SizedQuery) -> int:
     """Tokens that scoring a query's choices reads: the prompt is read once for all of them."""
     return sized.n_input + sized.n_rows * sized.n_answer
@@ -56,8 +59,8 @@ class Deadline:
 
     left_s: Callable[[], float]
     """Seconds until all answers must be there."""
-    rates: AnswerRates | None
-    """As measured before; None where nothing was."""
+    rates: AnswerRates
+    """As measured before; `UNKNOWN` where nothing was: the first batch of a kind tells then."""
     most_new: int
     """Tokens of a generation when there is time."""
     n_new: int = 0
@@ -68,6 +71,7 @@ class Deadline:
     """Queries that no time was left for."""
     _pace: float = 1.0
     """Seconds that the present kind takes over those foreseen; to begin with, as the kind before took."""
+    _told: bool = False
     _kind: str = ""
     _known_s: list[float] = field(default_factory=lambda: [0.0, 0.0])
     """Seconds taken, and foreseen, by this kind's batches so far, with some to begin with."""
@@ -83,45 +87,45 @@ class Deadline:
             todo: all that is not answered, choices first, the longest first.
         """
         left_s = self.left_s()
-        self._see_kind(batch[0].query.eval_type, todo)
-        if self.rates is None or math.isinf(left_s):
+        if math.isinf(left_s) or left_s <= 0:
             return batch if left_s > 0 else []
+        self._see_kind(batch[0].query.eval_type, todo)
         n_new = self.most_new
         while n_new > LEAST_NEW_TOKENS and self._seconds(todo, n_new) > left_s:
             n_new = max(LEAST_NEW_TOKENS, n_new // 2)
         self._tell(n_new, batch)
         self.n_new = n_new
         while batch and self._seconds(batch, n_new) > left_s:
-            batch = batch[len(batch) // 2 + 1 :]  # the shorter half: more of them fit
+            batch = batch[(len(batch) + 1) // 2 :]  # the shorter half: more of them fit
         return batch
 
     def learn(self, batch: Sequence[SizedQuery], seconds: float) -> None:
         """Take note of what a batch took, and of what it was not given."""
-        n_new = self.n_new
-        if batch[0].query.eval_type == GENERATION and n_new < self.most_new:
+        is_written, foreseen_s = batch[0].query.eval_type == GENERATION, self.rates.seconds(batch, self.n_new)
+        if is_written and self.n_new < self.most_new:
             self.n_shortened += len(batch)
-        if self.rates is None:
-            n_tokens = sum(choice_tokens(s) for s in batch)
-            each_s = seconds / max(1, n_tokens)
-            self.rates = AnswerRates(each_s, each_s, each_s)
-        else:
-            self._known_s[0] += seconds
-            self._known_s[1] += self.rates.seconds(batch, n_new)
-            if self._known_s[1] > 0:
-                self._pace = self._known_s[0] / self._known_s[1]
+        if foreseen_s == 0:  # nothing is known of this kind
+            each_s = seconds / max(1, sum(choice_tokens(s) for s in batch))
+            known = {"read_s": each_s, "write_s": each_s} if is_written else {"choice_s": each_s}
+            self.rates = replace(self.rates, **known)
+            return
+        self._known_s[0] += seconds
+        self._known_s[1] += foreseen_s
+        self._pace = self._known_s[0] / self._known_s[1]
 
     def _see_kind(self, kind: str, todo: Sequence[SizedQuery]) -> None:
         """Where another kind begins, expect the same pace of it until a tenth of it is answered."""
-        if kind != self._kind and self.rates is not None:
+        if kind != self._kind:
             own = [s for s in todo if s.query.eval_type == kind]
             foreseen_s = PRIOR_SHARE * self.rates.seconds(own, self.most_new)
             self._kind, self._known_s = kind, [self._pace * foreseen_s, foreseen_s]
 
     def _seconds(self, sized: Sequence[SizedQuery], n_new: int) -> float:
-        return self._pace * self.rates.seconds(sized, n_new) if self.rates else 0.0
+        return self._pace * self.rates.seconds(sized, n_new)
 
     def _tell(self, n_new: int, batch: Sequence[SizedQuery]) -> None:
-        if n_new < self.n_new == self.most_new and batch[0].query.eval_type == GENERATION:
+        if n_new < self.most_new and not self._told and batch[0].query.eval_type == GENERATION:
+            self._told = True
             logging.getLogger(__name__).warning(
                 "time is short: generations have at most %d new tokens from here on, or fewer", n_new
             )

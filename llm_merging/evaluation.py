@@ -15,7 +15,7 @@ import torch
 from tqdm import tqdm
 
 from llm_merging.data import GENERATION, MULTIPLE_CHOICE, Query
-from llm_merging.deadline import AnswerRates, Deadline, choice_tokens
+from llm_merging.deadline import UNKNOWN, AnswerRates, Deadline, choice_tokens
 from llm_merging.sizing import (
     SizedQuery,
     batch_cost,
@@ -83,7 +83,7 @@ def answer_queries(
     """
     budgets = {kind: tokens_per_batch or _default_budget(method, kind) for kind in KINDS}
     todo = longest_first(_size_for(method, queries))
-    deadline = deadline or Deadline(lambda: math.inf, None, method.max_gen_len)
+    deadline = deadline or Deadline(lambda: math.inf, UNKNOWN, method.max_gen_len)
     predictions = [_guess(query) for query in queries]
     with tqdm(total=len(queries), desc="answers", unit="query", disable=not progress) as bar:
         while todo and (batch := deadline.fit(first_batch(todo, budgets[todo[0].query.eval_type]), todo)):
@@ -144,7 +144,7 @@ def estimate_seconds(method: Answerer, queries: Sequence[Query], rates: AnswerRa
 
 def _time_batch(method: Answerer, batch: Sequence[SizedQuery], n_new: int) -> float:
     started_s = time.monotonic()
-    deadline = Deadline(lambda: math.inf, None, n_new)
+    deadline = Deadline(lambda: math.inf, UNKNOWN, n_new)
     answer_queries(method, [s.query for s in batch], progress=False, deadline=deadline)
     return time.monotonic() - started_s
 

@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from transformers.utils import logging as transformers_logging
 
 from llm_merging.data import Query, read_queries
-from llm_merging.deadline import AnswerRates, Deadline
+from llm_merging.deadline import UNKNOWN, AnswerRates, Deadline
 from llm_merging.evaluation import (
     answer_queries,
     estimate_seconds,
@@ -101,7 +101,7 @@ class Answers:
 
     method: Merges
     datasets: Datasets
-    rates: AnswerRates | None = None
+    rates: AnswerRates = UNKNOWN
     """As last measured."""
 
     def measure(self) -> float:
@@ -111,11 +111,8 @@ class Answers:
 
     def write(self, folder: Path, time_box_s: float) -> None:
         """Answer the queries of all files together, within the time box, and write a file for each."""
-        deadline = self._deadline(time_box_s)
-        started_s, predictions = (
-            seconds_gone(),
-            answer_queries(self.method, self._queries(), deadline=deadline),
-        )
+        deadline, started_s = self._deadline(time_box_s), seconds_gone()
+        predictions = answer_queries(self.method, self._queries(), deadline=deadline)
         seconds = seconds_gone() - started_s
         for path, queries in self.datasets.items():
             own, predictions = predictions[: len(queries)], predictions[len(queries) :]

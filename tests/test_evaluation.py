@@ -8,7 +8,7 @@ import torch
 
 from llm_merging import evaluation
 from llm_merging.data import GENERATION, MULTIPLE_CHOICE, Query
-from llm_merging.deadline import Deadline
+from llm_merging.deadline import UNKNOWN, Deadline
 from llm_merging.evaluation import answer_queries, estimate_seconds, measure_rates, write_predictions
 from llm_merging.model import decoder_functions
 from llm_merging.sizing import check_sizes, size_queries
@@ -220,6 +220,17 @@ def test_answers_that_would_be_late_are_shortened_then_guessed_and_choices_are_r
     assert deadline.n_shortened == sum(n < 9 for n in method.written)
     assert (method.max_gen_len, answers.count("unknown")) == (9, deadline.n_guessed)
     assert deadline.describe().startswith("time was short: ")
+
+
+@pytest.mark.parametrize("share", [1.1, 0.6])
+def test_what_was_never_measured_is_learnt_from_the_first_batch_of_each_kind(monkeypatch, share):
+    method, queries = SlowMethod(monkeypatch), make_queries(200)
+    answer_queries(method, queries, progress=False)
+    whole_s, method.now_s = method.now_s, 0.0
+    deadline = Deadline(lambda: share * whole_s - method.now_s, UNKNOWN, 9)
+    assert all(answer_queries(method, queries, progress=False, deadline=deadline))
+    assert method.now_s <= max(share, 1) * whole_s + 1e-6
+    assert (deadline.describe() == "") == (share > 1)
 
 
 def test_where_no_time_is_left_every_query_gets_a_placeholder_at_once(monkeypatch):
