@@ -36,8 +36,10 @@ from search.trace import Trace
 OUT = ROOT / "benchmarks/results/rehearsals.jsonl"
 DOCUMENT = ROOT / "docs/SCALING.md"
 LEAST_UNUSED, MOST_UNUSED = 0.03, 0.10
-PHASES = ("imports", "tokenizer", "base", "adapters", "prompts", "signals", "references", "search")
-PHASES += ("search_ended", "refined", "finalists", "merged", "saved", "answers")
+PHASES = tuple(
+    "imports tokenizer base adapters prompts signals references search search_ended refined finalists merged "
+    "saved answers".split()
+)
 """Marks in the order in which they are reached; a phase is what ends with its mark."""
 NAMES = {
     "search": "rehearsal",
@@ -248,11 +250,12 @@ def make_table(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
-def write_report(out: Path, document: Path = DOCUMENT) -> None:
-    """Put the table of all runs so far into the document, where it has the markers."""
+def write_report(out: Path, document: Path = DOCUMENT) -> int:
+    """Put the table of all runs so far into the document, where it has the markers; return 0."""
     if document.exists() and "<!-- rehearsals:begin -->" in document.read_text(encoding="utf-8"):
         replace_section(document, "rehearsals", make_table(read_rows(out)))
         print(f"written: {document}")
+    return 0
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -278,7 +281,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run and print; return 0, 1 if a run was not as it should be, 2 for bad input, 130 after Ctrl-C."""
     arguments = parse_arguments(argv)
     if arguments.report:
-        return exit_code(lambda: write_report(arguments.out) or 0)
+        return exit_code(lambda: write_report(arguments.out))
     return exit_code(lambda: 1 if rehearse(arguments) else 0)
 
 

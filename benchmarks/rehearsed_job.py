@@ -184,7 +184,7 @@ def follow_search(slow: Slowness, notes: Notes) -> None:
     phases.Phases._search = timed_search
     write_event = trace.TraceWriter.event
 
-    def noted_event(self: Any, event: str, **content: Any) -> None:
+    def noted_event(self: Any, event: str, /, **content: Any) -> None:
         write_event(self, event, **content)
         if event != "out_of_memory":
             notes.mark(event)
