@@ -25,7 +25,7 @@ from benchmarks.zoo.tasks import HELD_IN
 from search.base import LoadedBase, load_base
 from search.config import SearchConfig, load_config
 from search.loop import CAUTION
-from search.phases import RunResult
+from search.outcome import RunResult
 from search.recorded import TRACE_FILE
 from search.run import run_search
 from search.setup import Setup, load_setup

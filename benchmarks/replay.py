@@ -12,8 +12,8 @@ import numpy as np
 
 from search.ending import Pace, judge_on_unseen, refine_best
 from search.loop import CAUTION, Past, SearchTools
-from search.phases import REFINE_SHARE
 from search.planning import choose_optimizer, set_limits
+from search.reserves import REFINE_SHARE
 from search.resume import Record
 from search.setup import Setup
 from search.space import FloatArray

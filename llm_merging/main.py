@@ -7,15 +7,17 @@ can be refused is refused before the merge starts.
 
 import argparse
 import logging
+import math
 import sys
 import tempfile
 import time
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-STARTED_S = time.monotonic()
+IMPORTED_S = time.monotonic()
 warnings.filterwarnings(
     "ignore", message="Could not import matplotlib"
 )  # cma, of plots that nobody asked for
@@ -24,17 +26,27 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from transformers.utils import logging as transformers_logging
 
 from llm_merging.data import Query, read_queries
+from llm_merging.deadline import UNKNOWN, AnswerRates, Deadline
 from llm_merging.evaluation import (
     answer_queries,
-    check_sizes,
     estimate_seconds,
-    size_queries,
+    measure_rates,
     write_predictions,
 )
 from llm_merging.merging import METHODS, Merges
 from llm_merging.merging.Merges import REPOSITORY, choose_config
+from llm_merging.sizing import check_sizes, size_queries
 from search.config import SearchConfig, load_config
 from search.errors import InputError
+from search.timebox import PROCESS_END_S, seconds_of_process
+
+LONGEST_START_S = 600.0
+"""A process that says it is older than this is not believed: some containers tell the machine's age."""
+AGE_S = seconds_of_process() if __name__ == "__main__" else math.inf
+STARTED_S = time.monotonic() - AGE_S if AGE_S < LONGEST_START_S else IMPORTED_S
+"""When the process began, on time.monotonic's clock: starting Python is of the time box too."""
+ANSWERS_SPARE_SHARE = 0.035
+"""Of the time box, what answers leave for writing them, beside what the process takes to end."""
 
 Datasets = dict[Path, list[Query]]
 
@@ -71,18 +83,63 @@ def run(arguments: argparse.Namespace) -> int:
     method.skip_first_choice_token = arguments.choice_scoring == "kit"
     check_context(method, datasets)
     method.check_adapters()
-    method.measure_reserve_s = lambda: measure_reserve(method, datasets)
+    answers = Answers(method, datasets)
+    method.gone_s, method.measure_answers_s = seconds_gone, answers.measure
 
     method.merge()
     method.save_model(method.output)
     tell_merge(method)
-    for path, queries in datasets.items():
-        answers_path = arguments.output_folder / path.name
-        write_predictions(answers_path, queries, answer_queries(method, queries))
-        print(f"answered: {answers_path} ({len(queries)} rows)")
+    answers.write(arguments.output_folder, config.search.time_box_s)
     ended = f", search ended by {method.ended_by}" if method.ended_by else ""
-    print(f"done in {time.monotonic() - STARTED_S:.0f} s{ended}")
+    print(f"done in {seconds_gone():.0f} s{ended}")
     return 130 if method.ended_by == "interrupt" else 0
+
+
+@dataclass(slots=True)
+class Answers:
+    """All queries, what answering them takes, and when they must be answered."""
+
+    method: Merges
+    datasets: Datasets
+    rates: AnswerRates = UNKNOWN
+    """As last measured."""
+
+    def measure(self) -> float:
+        """Measure what a token takes, on a few batches, and return the seconds of all answers."""
+        self.rates = measure_rates(self.method, self._queries())
+        return estimate_seconds(self.method, self._queries(), self.rates)
+
+    def write(self, folder: Path, time_box_s: float) -> None:
+        """Answer the queries of all files together, within the time box, and write a file for each."""
+        deadline, started_s = self._deadline(time_box_s), seconds_gone()
+        predictions = answer_queries(self.method, self._queries(), deadline=deadline)
+        seconds = seconds_gone() - started_s
+        for path, queries in self.datasets.items():
+            own, predictions = predictions[: len(queries)], predictions[len(queries) :]
+            write_predictions(folder / path.name, queries, own)
+            print(f"answered: {folder / path.name} ({len(queries)} rows)")
+        print(f"answers took {seconds:.1f} s, of the time box are {time_box_s - seconds_gone():.1f} s left")
+        if told := deadline.describe():
+            print(told)
+
+    def _queries(self) -> list[Query]:
+        return [query for queries in self.datasets.values() for query in queries]
+
+    def _deadline(self, time_box_s: float) -> Deadline:
+        """Return when all answers must be there: never, where it is too late for that already."""
+        end_s = (1 - ANSWERS_SPARE_SHARE) * time_box_s - PROCESS_END_S
+        late_s = seconds_gone() - end_s
+        if late_s >= 0:
+            logging.getLogger(__name__).warning(
+                "the time box of %g s was over before the first answer: all are given, late", time_box_s
+            )
+        left_s = (lambda: math.inf) if late_s >= 0 else lambda: end_s - seconds_gone()
+        return Deadline(left_s, self.rates, self.method.max_gen_len)
+
+
+def seconds_gone() -> float:
+    """Seconds since the process began."""
+    return time.monotonic() - STARTED_S
 
 
 def tell_merge(method: Merges) -> None:
@@ -177,12 +234,6 @@ def check_context(method: Merges, datasets: Datasets) -> None:
             check_sizes(sized, context or sys.maxsize)
         except InputError as error:
             raise InputError(f"{path}: {error}") from None
-
-
-def measure_reserve(method: Merges, datasets: Datasets) -> float:
-    """Seconds of the time box that a search may not use: those already gone, and those the answers need."""
-    answers_s = estimate_seconds(method, [query for queries in datasets.values() for query in queries])
-    return answers_s + time.monotonic() - STARTED_S
 
 
 if __name__ == "__main__":

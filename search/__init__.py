@@ -5,7 +5,7 @@ the caller drive each step; `search.merge` turns coefficients into a model.
 """
 
 from search.config import SearchConfig, load_config
-from search.phases import RunResult
+from search.outcome import RunResult
 from search.run import run_search
 from search.steps import Steps
 from search.trace import Trace

@@ -9,7 +9,6 @@ from dataclasses import asdict
 from typing import Any
 
 from search.diagnosis import GIB, BatchFacts, Diagnosis, MemoryPlan, advise
-from search.loop import CAUTION
 from search.summary import ENDINGS
 from search.trust import SURE
 
@@ -131,8 +130,8 @@ def _show_times(found: Diagnosis) -> list[str]:
         ("signals", times.signals_s, ""),
         ("rehearsal", times.rehearsal_s, "measured"),
         ("search", seconds, f"of {max(0.0, times.search_s):.1f} s left for it"),
-        ("finalists", times.finalists_s, f"at most; {CAUTION:g} times as much is reserved"),
-        ("merge", times.merge_s, f"{CAUTION:g} times as much is reserved"),
+        ("finalists", times.finalists_s, "at most"),
+        ("merge", times.merge_s, ""),
         ("all, of the time box", sum(_all_seconds(found)), f"of {times.time_box_s:g} s"),
     )
     shown = [(name, f"{spent:.1f}", note) for name, spent, note in phases if spent or name != phases[0][0]]

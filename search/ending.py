@@ -1,6 +1,6 @@
 """The last comparison of a run: on prompts that the search has not seen, or on what is known already.
 
-Knows evaluators, finalists and the trace; not the clock, the optimiser or what becomes of the winner.
+Knows evaluators, finalists and the trace; not the time box, the optimiser or what becomes of the winner.
 """
 
 import time
@@ -9,12 +9,24 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from search.finalists import Judgement, judge_finalists, make_candidates, stack_coefficients
+from search.finalists import (
+    SINGLE,
+    Judgement,
+    choose_finalists,
+    judge_finalists,
+    make_candidates,
+    stack_coefficients,
+)
 from search.gradient import Descent, adam_descend
+from search.reserves import EndingCosts
+from search.settings import SearchSettings
 from search.space import FloatArray, Space
 from search.stages import Found
 from search.steering import Steering
 from search.trace import TraceWriter
+
+MERGE_TIMES = 2
+"""The merge is written once by the run and once by its caller, who folds it into the base too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,9 +39,46 @@ class Pace:
     """Asked before each gradient: whether there is time for one more."""
 
 
+def count_finalists(steering: Steering, n_archived: int) -> tuple[int, int]:
+    """Return how many `judge_on_unseen` compares with an archive of this size; how many if time is short."""
+    n_singles = sum(reference.name.startswith(SINGLE) for reference in steering.references)
+    n_all = len(steering.references) + n_archived + 2  # and the distribution's mean, and a refined one
+    return n_all, len(steering.references) - n_singles + 3
+
+
+def measure_ending(
+    steering: Steering, settings: SearchSettings, clock: Callable[[], float], merge_s: float, later_s: float
+) -> EndingCosts:
+    """Time a gradient, if any is asked for, and one finalist, by a clock.
+
+    Args:
+        merge_s: seconds that merging and writing take once.
+        later_s: seconds that the caller needs after the run.
+    """
+    uniform, gradient = steering.references[1].coefficients, settings.gradient
+    n_all, n_few = count_finalists(steering, settings.n_finalists)
+
+    def seconds_of(step: Callable[[], object]) -> float:
+        started_s = clock()
+        step()
+        return clock() - started_s
+
+    n_timed = 2 if gradient.refine_steps or gradient.inject_every else 0  # the first may compile and allocate
+    steps = [seconds_of(lambda: steering.searched.gradient(uniform)) for _ in range(n_timed)]
+    return EndingCosts(
+        candidate_s=seconds_of(lambda: steering.unseen.score(uniform[None])),
+        n_finalists=n_all,
+        n_few=n_few,
+        gradient_s=min(steps, default=0.0),
+        n_gradients=gradient.refine_steps + 1 if gradient.refine_steps else 0,
+        merge_s=MERGE_TIMES * merge_s,
+        later_s=later_s,
+    )
+
+
 def estimate_finalists_s(steering: Steering, n_archived: int) -> float:
     """Seconds that `judge_on_unseen` takes at most with an archive of this size."""
-    n_candidates = n_archived + 2  # and the distribution's mean, and a refined one
+    n_candidates = n_archived + 2
     n_losses = n_candidates + len(steering.references)
     n_agreements = n_candidates + 2  # and the uniform merge, and a reference that wins
     return (n_losses + n_agreements) * steering.unseen_candidate_s
@@ -93,11 +142,20 @@ def refine_best(
 
 
 def judge_on_unseen(
-    steering: Steering, found: Found, refined: FloatArray | None, trace: TraceWriter
+    steering: Steering,
+    found: Found,
+    refined: FloatArray | None,
+    trace: TraceWriter,
+    n_most: int | None = None,
 ) -> Judgement:
-    """Compare archive, distribution mean, refined best and all references on the unseen prompts."""
+    """Compare archive, distribution mean, refined best and all references on the unseen prompts.
+
+    Args:
+        n_most: how many there is time for, if not for all.
+    """
     started_s = time.monotonic()
     finalists = [*steering.references, *make_candidates(found.archive, found.mean, refined)]
+    finalists = choose_finalists(finalists, len(finalists) if n_most is None else n_most)
     scores = steering.unseen.score(stack_coefficients(finalists))
     judgement = judge_finalists(
         finalists, scores.losses, scores.per_expert, steering.bounds, steering.unseen.agreement

@@ -107,6 +107,27 @@ def make_candidates(archive: FloatArray, mean: FloatArray, refined: FloatArray |
     return [Finalist(name, table, False) for name, table in tables.items()]
 
 
+def choose_finalists(finalists: Sequence[Finalist], n_most: int) -> list[Finalist]:
+    """Return at most so many, in their order, but never fewer than `count_few` says.
+
+    Given up first are single experts, which hardly ever win, then the rest of the archive from its end.
+    """
+    wanted = sorted(range(len(finalists)), key=lambda index: (_rank(finalists[index]), index))
+    kept = sorted(wanted[: max(n_most, count_few(finalists))])
+    return [finalists[index] for index in kept]
+
+
+def count_few(finalists: Sequence[Finalist]) -> int:
+    """Count what a comparison cannot do without: general references, the best, refined or not, the mean."""
+    return sum(_rank(finalist) == 0 for finalist in finalists)
+
+
+def _rank(finalist: Finalist) -> int:
+    if finalist.is_reference:
+        return 2 if finalist.name.startswith(SINGLE) else 0
+    return 0 if finalist.name in ("archive 1", "refined", "mean") else 1
+
+
 def stack_coefficients(finalists: Sequence[Finalist]) -> FloatArray:
     """Return all their coefficients, (n_finalists, n_groups, n_adapters)."""
     return np.stack([finalist.coefficients for finalist in finalists])

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from search.loop import CAUTION, EndedBy
 from search.racing import Rung
+from search.timebox import PROCESS_END_S, SPARE_SHARE
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,9 +83,13 @@ class Timetable:
 
     @property
     def fixed_s(self) -> float:
-        """What all but the search takes, the end's reserves as careful as the run makes them."""
+        """What all but the search takes, what is left unplanned included."""
+        return self._phases_s + SPARE_SHARE * self.time_box_s + PROCESS_END_S
+
+    @property
+    def _phases_s(self) -> float:
         before_s = self.caller_s + self.load_s + self.prompts_s + self.signals_s + self.rehearsal_s
-        return before_s + CAUTION * (self.finalists_s + self.merge_s)
+        return before_s + self.finalists_s + self.merge_s
 
     @property
     def search_s(self) -> float:
@@ -93,7 +98,8 @@ class Timetable:
 
     def box_for(self, n_generations: int) -> int:
         """Return the smallest time box, in whole seconds, with room for so many generations."""
-        return math.ceil(self.fixed_s + (n_generations - 1 + CAUTION) * self.generation_s)
+        search_s = (n_generations - 1 + CAUTION) * self.generation_s
+        return math.ceil((self._phases_s + PROCESS_END_S + search_s) / (1 - SPARE_SHARE))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -3,8 +3,9 @@
 Knows vectors, losses, seconds and the trace; not models, prompts, coefficients or nevergrad. No torch.
 """
 
+from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 import numpy as np
@@ -14,11 +15,13 @@ from search.errors import InputError
 from search.interruption import Interrupted
 from search.racing import Evaluator, Race, order_blocks, plan_race
 from search.space import FloatArray
-from search.timebox import TimeBox
+from search.timebox import OutOfTime, TimeBox
 from search.trace import Generation, TraceWriter
 
 CAUTION = 1.2
-"""A generation starts only if this many times the longest one so far fits in the time left."""
+"""A generation starts only if this many times the longest recent one fits in the time left."""
+N_LOOKED_BACK = 8
+"""Generations that are recent: the very first may have compiled, or loaded, what later ones find there."""
 
 
 class Optimizer(Protocol):
@@ -77,6 +80,12 @@ class Progress:
     evaluations: int
     best_loss: float
     left_s: float
+    seconds: float = 0.0
+    """That scoring this generation took."""
+    n_tokens: int = 0
+    """In its forward passes."""
+    longest_s: float = 0.0
+    """Longest recent generation, from ask to tell."""
 
 
 EndedBy = Literal["evaluations", "clock", "interrupt"]
@@ -108,7 +117,7 @@ class SearchOutcome:
     ended_by: EndedBy
     generations: int
     longest_s: float
-    """Longest generation so far, earlier stages included."""
+    """Longest recent generation, earlier stages included."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -144,7 +153,7 @@ class Before:
     n_candidates: int = 0
     """Of their last generation."""
     longest_s: float = 0.0
-    """Their longest generation, from ask to tell."""
+    """Their longest recent generation, from ask to tell."""
 
 
 _NOTHING, _NO_PAST = Before(), Past()
@@ -160,9 +169,14 @@ class SearchState:
     evaluations: int = 0
     batch: int = 0
     """Candidates of the last generation."""
-    longest_s: float = 0.0
-    """Longest generation so far, from ask to tell."""
+    recent_s: deque[float] = field(default_factory=lambda: deque(maxlen=N_LOOKED_BACK))
+    """Seconds of recent generations, from ask to tell."""
     n_experts: int = 0
+
+    @property
+    def longest_s(self) -> float:
+        """The longest of them."""
+        return max(self.recent_s, default=0.0)
 
     def take(self, generation: Generation) -> None:
         """Learn from a finished generation."""
@@ -170,7 +184,7 @@ class SearchState:
         self.archive.add(generation.genomes[full], generation.losses[full], generation.per_expert[full])
         self.batch = len(generation.genomes)
         self.generations, self.evaluations = self.generations + 1, self.evaluations + self.batch
-        self.longest_s = max(self.longest_s, generation.seconds)
+        self.recent_s.append(generation.seconds)
         self.n_experts = generation.per_expert.shape[1]
 
 
@@ -179,15 +193,15 @@ def search_loop(
 ) -> SearchOutcome:
     """Search until the evaluations are spent, another generation would not fit, or somebody interrupts.
 
-    The very first generation always runs, whatever the limits. `Interrupted` from the evaluator, or
-    `interrupted()` between generations, ends the search with what it has; a generation under way is dropped.
+    The very first generation always begins, whatever the limits. `Interrupted` or `OutOfTime` from the
+    evaluator, or `interrupted()` between generations, ends the search with what it has; a generation under
+    way is dropped.
 
     Raises:
         InputError: when no candidate has a finite loss, or `past` is not this optimiser's.
     """
-    state = SearchState(
-        Archive(limits.n_finalists), before, batch=before.n_candidates, longest_s=before.longest_s
-    )
+    state = SearchState(Archive(limits.n_finalists), before, batch=before.n_candidates)
+    state.recent_s.append(before.longest_s)
     for generation in past.generations:
         _replay_generation(state, generation, engine.optimizer)
     ended_by = past.ended_by
@@ -198,6 +212,8 @@ def search_loop(
                 _run_generation(state, engine, tools, limits)
         except Interrupted:
             ended_by = "interrupt"
+        except OutOfTime:
+            ended_by = "clock"
     mean = engine.optimizer.mean()
     contents = state.archive.contents(len(mean), state.n_experts)
     return SearchOutcome(*contents, mean, state.evaluations, ended_by, state.generations, state.longest_s)
@@ -237,7 +253,7 @@ def _run_generation(state: SearchState, engine: Engine, tools: SearchTools, limi
         optimizer.inject(injected)
     genomes = optimizer.ask()
     index = state.before.generations + state.generations
-    race = Race(genomes, engine.evaluator)
+    race, raced_from_s = Race(genomes, engine.evaluator), tools.timebox.elapsed_s()
     rungs = plan_race(len(genomes), engine.evaluator.n_blocks, limits.race_keep)
     race.run(rungs, order_blocks(engine.evaluator.n_blocks, limits.seed, index))
     scored_s = tools.timebox.elapsed_s()
@@ -259,6 +275,15 @@ def _run_generation(state: SearchState, engine: Engine, tools: SearchTools, limi
     tools.trace.generation(generation)
     state.take(generation)
     optimizer.tell(generation.losses)
-    state.longest_s = max(state.longest_s, tools.timebox.elapsed_s() - started_s)
-    evaluations, best = generation.evaluations, state.archive.best_loss()
-    tools.on_generation(Progress(index + 1, evaluations, best, tools.timebox.left_s()))
+    state.recent_s[-1] = max(state.recent_s[-1], tools.timebox.elapsed_s() - started_s)
+    tools.on_generation(
+        Progress(
+            index + 1,
+            generation.evaluations,
+            state.archive.best_loss(),
+            tools.timebox.left_s(),
+            scored_s - raced_from_s,
+            race.n_tokens,
+            state.longest_s,
+        )
+    )

@@ -4,6 +4,7 @@ Knows the folder, what an earlier run left there and when this one began; not th
 """
 
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -13,22 +14,24 @@ from search.delivery import ADAPTER_FOLDER
 from search.interruption import Interruption
 from search.merge import refuse_strangers
 from search.objective import Objective
-from search.phases import Phases, RunResult, Shared
+from search.outcome import RunResult
+from search.phases import Later, Phases, Shared
 from search.progress import ProgressLine
 from search.recorded import TRACE_FILE
 from search.resume import Record, read_record, refuse_changes
 from search.setup import load_setup
-from search.timebox import TimeBox
+from search.timebox import PROCESS_END_S, SPARE_SHARE, TimeBox
 from search.trace import TraceWriter
 from search.workspace import hold_folder
 
 
-def run_search(
+def run_search(  # noqa: PLR0913 (a configuration, a folder, and what a caller may know better)
     config: SearchConfig,
     *,
     output: Path,
     base: LoadedBase | None = None,
     reserve_s: float = 0.0,
+    measure_later_s: Callable[[], float] = lambda: 0.0,
     objective: Objective | None = None,
     resume: bool = False,
 ) -> RunResult:
@@ -39,6 +42,7 @@ def run_search(
     Args:
         base: the configured base, if it is loaded already.
         reserve_s: seconds of the time box that are the caller's, gone or still needed.
+        measure_later_s: measures, when asked, further seconds that the caller needs after the run.
         objective: a function of (merged_logp, expert_logp, next_tokens) in place of the configured one.
         resume: go on with the run whose trace is in `output`, if there is one; else it is replaced.
 
@@ -54,8 +58,13 @@ def run_search(
         record = read_record(path) if resume else Record()
         box = TimeBox(config.search.time_box_s, started_s=time.monotonic() - record.elapsed_s)
         box.reserve("caller", reserve_s)
+        box.reserve("spare", SPARE_SHARE * box.limit_s + PROCESS_END_S)
         interruption = held.enter_context(Interruption())
         line = held.enter_context(ProgressLine(config.search.max_evaluations))
+        line.phase("timing what follows")
+        asked_s = box.elapsed_s()
+        box.reserve("later", measure_later_s())
+        later = Later(measure_later_s, box.elapsed_s() - asked_s)
         line.phase("load")
         setup = load_setup(config, base, objective)
         header = setup.describe()
@@ -68,4 +77,5 @@ def run_search(
             trace.header(header)
         else:
             trace.event("resumed", generations=len(record.trace.generations), elapsed_s=record.elapsed_s)
-        return Phases(setup, Shared(trace, box, line, interruption, record)).finish(output)
+        shared = Shared(trace, box, line, interruption, record, later)
+        return Phases(setup, shared).finish(output)

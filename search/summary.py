@@ -64,6 +64,16 @@ def write_summary(facts: RunFacts) -> str:
     return "\n".join(lines)
 
 
+def write_skipped(winner: str, phase: str, limit_s: float, left_out: Mapping[str, str]) -> str:
+    """Return the report of a run whose time box had no room for a search, without a last line end."""
+    lines = [
+        f"the time box of {limit_s:g} s is too short for a search: it ended in the phase {phase!r}",
+        f"winner: {winner}, which needs no search; a larger time box searches",
+    ]
+    lines += [f"left out, coefficient 0: {name}: {reason}" for name, reason in left_out.items()]
+    return "\n".join(lines)
+
+
 def _describe_experts(facts: RunFacts, agreement: FloatArray | None) -> list[str]:
     """One line an expert under a heading, then what the columns mean; counts only where there are any."""
     width = max(map(len, ("expert", *facts.names)))

@@ -6,8 +6,17 @@ Knows seconds and names of reserves, not what they are spent on. Pure standard l
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
+
+SPARE_SHARE = 0.05
+"""Of a time box, what no phase plans with: estimates err."""
+PROCESS_END_S = 1.5
+"""What a process takes to end, about, which is not planned with either."""
+
+
+class OutOfTime(Exception):  # noqa: N818 (a limit, not an error)
+    """Raised by `TimeBox.check` where work can be dropped safely, once the rest of the box is promised."""
 
 
 def seconds_of_process() -> float:
@@ -49,9 +58,24 @@ class TimeBox:
         """Seconds since the start."""
         return self._clock() - self._started_s
 
-    def left_s(self) -> float:
-        """Seconds that are neither spent nor reserved; below 0 once the promise is broken."""
-        return self._limit_s - self.elapsed_s() - sum(self._reserves.values())
+    @property
+    def limit_s(self) -> float:
+        """Seconds of the whole box."""
+        return self._limit_s
+
+    @property
+    def reserves(self) -> dict[str, float]:
+        """Seconds that are kept, by name."""
+        return dict(self._reserves)
+
+    def left_s(self, optional: Collection[str] = ()) -> float:
+        """Seconds that are neither spent nor reserved; below 0 once the promise is broken.
+
+        Args:
+            optional: names of reserves that do not count.
+        """
+        kept_s = sum(seconds for name, seconds in self._reserves.items() if name not in optional)
+        return self._limit_s - self.elapsed_s() - kept_s
 
     def reserve(self, name: str, seconds: float) -> None:
         """Keep seconds for a later phase; the same name again replaces its reserve."""
@@ -68,3 +92,8 @@ class TimeBox:
     def fits(self, step_s: float) -> bool:
         """Whether a step of this length ends in time."""
         return step_s <= self.left_s()
+
+    def check(self, optional: Collection[str] = ()) -> None:
+        """Raise `OutOfTime` if nothing is left but what is reserved, `optional` reserves aside."""
+        if self.left_s(optional) < 0:
+            raise OutOfTime

@@ -94,7 +94,7 @@ def test_seconds_and_memory_are_measured(found):
     times = found.times
     assert min(times.load_s, times.prompts_s, times.signals_s, times.rehearsal_s) > 0
     assert min(times.generation_s, times.finalists_s, times.merge_s, found.candidate_s) > 0
-    assert times.search_s == pytest.approx(1200, abs=60)
+    assert times.search_s == pytest.approx(0.95 * 1200 - 1, abs=60)
     assert 0 < found.memory.peak_bytes < found.memory.expected_bytes < found.memory.available_bytes
 
 

@@ -1,7 +1,6 @@
 """Answering in batches: the order, the equality with one query at a time, memory, and the written file."""
 
 import csv
-import itertools
 from types import SimpleNamespace
 
 import pytest
@@ -9,14 +8,10 @@ import torch
 
 from llm_merging import evaluation
 from llm_merging.data import GENERATION, MULTIPLE_CHOICE, Query
-from llm_merging.evaluation import (
-    answer_queries,
-    check_sizes,
-    estimate_seconds,
-    size_queries,
-    write_predictions,
-)
+from llm_merging.deadline import UNKNOWN, Deadline
+from llm_merging.evaluation import answer_queries, estimate_seconds, measure_rates, write_predictions
 from llm_merging.model import decoder_functions
+from llm_merging.sizing import check_sizes, size_queries
 from search.errors import InputError
 from tests.test_base import make_toy_model, make_toy_tokenizer
 
@@ -121,11 +116,11 @@ def test_batches_that_run_out_of_memory_are_halved_until_they_fit(one_at_a_time)
 
 
 def test_one_kind_that_runs_out_of_memory_leaves_the_other_its_batches():
-    """Generation comes first."""
+    """Choices come first."""
     tried = []
-    for writer in (Method(), Method(most_rows=1)):
+    for chooser in (Method(), Method(most_rows=2)):
         method = Method()
-        method.generate = writer.generate
+        method.predict_multiple_choice = chooser.predict_multiple_choice
         answer_queries(method, make_queries(), tokens_per_batch=700, progress=False)
         tried.append(method.rows_tried)
     assert tried[0] == tried[1] != []
@@ -158,25 +153,99 @@ def test_a_query_too_long_for_the_model_is_named():
             check_sizes([sized[0], wrong], 60)
 
 
+class SlowMethod(Method):
+    """Answers nothing, by a clock of its own: seconds by the token read, and by the token written."""
+
+    choice_s, read_s, write_s = 0.01, 0.02, 0.5
+    slower = 1.0
+
+    def __init__(self, monkeypatch):
+        super().__init__()
+        self.now_s, self.written = 0.0, []
+        monkeypatch.setattr(evaluation, "time", SimpleNamespace(monotonic=lambda: self.now_s))
+        monkeypatch.setattr(evaluation, "TOKENS_PER_BATCH_ELSEWHERE", 300)
+
+    def _sized(self, batch, kind):
+        rows = zip(batch["input"], batch["answer_choices"], strict=True)
+        queries = [
+            Query(str(place), text, kind, tuple(choices)) for place, (text, choices) in enumerate(rows)
+        ]
+        return size_queries(queries, self.input_tokenizer, self.target_tokenizer, self.max_gen_len)
+
+    def predict_multiple_choice(self, batch):
+        sized = self._sized(batch, MULTIPLE_CHOICE)
+        n_tokens = sum(s.n_input + s.n_rows * s.n_answer for s in sized)
+        self.now_s += self.slower * self.choice_s * n_tokens
+        return torch.ones(len(sized), dtype=torch.long), None
+
+    def generate(self, batch):
+        sized = self._sized(batch, GENERATION)
+        n_read, n_written = sum(s.n_input for s in sized), self.max_gen_len * len(sized)
+        self.now_s += self.slower * (self.read_s * n_read + self.write_s * n_written)
+        self.written += [self.max_gen_len] * len(sized)
+        return [[]] * len(sized), ["x"] * len(sized)
+
+
 def test_the_time_to_answer_is_measured_on_few_batches(monkeypatch):
-    monkeypatch.setattr(evaluation, "TOKENS_PER_BATCH_ELSEWHERE", 300)
-    method, queries = Method(), make_queries()
-    assert estimate_seconds(method, queries) > 0
-    assert len(method.rows_tried) == 2
-    assert sum(method.rows_tried) < len(queries) / 2
-    assert estimate_seconds(method, []) == 0
+    method, queries = SlowMethod(monkeypatch), make_queries()
+    rates = measure_rates(method, queries)
+    measured_s = method.now_s
+    answer_queries(method, queries, progress=False)
+    taken_s = method.now_s - measured_s
+    assert measured_s < taken_s / 2
+    expected_s = evaluation.ESTIMATE_MARGIN * taken_s
+    assert estimate_seconds(method, queries, rates) == pytest.approx(expected_s, rel=0.1)
+    assert estimate_seconds(method, [], measure_rates(method, [])) == 0
 
 
-def test_a_short_last_batch_does_not_stand_for_the_long_ones(monkeypatch):
-    """Six rows of 20 tokens in a batch, six of 10 in the next: if that took 1 s, both take 3."""
-    clock = itertools.count()
-    monkeypatch.setattr(evaluation, "TOKENS_PER_BATCH_ELSEWHERE", 120)
-    monkeypatch.setattr(evaluation, "time", SimpleNamespace(monotonic=lambda: float(next(clock))))
+@pytest.mark.parametrize("share", [0.9, 0.5, 0.1, 0.0])
+@pytest.mark.parametrize("slower", [1.0, 2.0])
+def test_answers_that_would_be_late_are_shortened_then_guessed_and_choices_are_read(
+    monkeypatch, share, slower
+):
+    method, queries = SlowMethod(monkeypatch), make_queries(200)
+    rates = measure_rates(method, queries)
+    sized = size_queries(queries, method.input_tokenizer, method.target_tokenizer, 9)
+    choices_s, whole_s = (slower * rates.seconds(sized, n_new) for n_new in (0, 9))
+    limit_s, method.now_s, method.slower = choices_s + share * (whole_s - choices_s), 0.0, slower
+    method.written.clear()
+    deadline = Deadline(lambda: limit_s - method.now_s, rates, 9)
+    answers = answer_queries(method, queries, progress=False, deadline=deadline)
+    assert method.now_s <= limit_s + 0.05 * whole_s  # what was foreseen of a batch may be a little off
+    assert method.now_s > 0.7 * limit_s
+    assert all(answers)
+    assert all(answer == "1" for answer in answers[1::2])  # every second query is a choice: all were read
+    assert len(method.written) + deadline.n_guessed == 100
+    assert deadline.n_shortened + deadline.n_guessed > 0
+    assert deadline.n_shortened == sum(n < 9 for n in method.written)
+    assert (method.max_gen_len, answers.count("unknown")) == (9, deadline.n_guessed)
+    assert deadline.describe().startswith("time was short: ")
+
+
+@pytest.mark.parametrize("share", [1.1, 0.6])
+def test_what_was_never_measured_is_learnt_from_the_first_batch_of_each_kind(monkeypatch, share):
+    method, queries = SlowMethod(monkeypatch), make_queries(200)
+    answer_queries(method, queries, progress=False)
+    whole_s, method.now_s = method.now_s, 0.0
+    deadline = Deadline(lambda: share * whole_s - method.now_s, UNKNOWN, 9)
+    assert all(answer_queries(method, queries, progress=False, deadline=deadline))
+    assert method.now_s <= max(share, 1) * whole_s + 1e-6
+    assert (deadline.describe() == "") == (share > 1)
+
+
+def test_where_no_time_is_left_every_query_gets_a_placeholder_at_once(monkeypatch):
+    method, queries = SlowMethod(monkeypatch), make_queries(10)
+    deadline = Deadline(lambda: 0.0, measure_rates(method, queries), 9)
+    began_s = method.now_s
+    assert answer_queries(method, queries, progress=False, deadline=deadline) == ["unknown", "0"] * 5
+    assert (method.now_s, deadline.n_guessed) == (began_s, 10)
+
+
+def test_with_time_to_spare_a_deadline_changes_nothing(one_at_a_time):
     method = Method()
-    long = [Query(f"l{i}", "a" * 10, GENERATION) for i in range(6)]
-    short = [Query(f"s{i}", "", GENERATION) for i in range(6)]
-    assert estimate_seconds(method, long + short) == 3 * evaluation.ESTIMATE_MARGIN
-    assert method.rows_tried == [6]
+    deadline = Deadline(lambda: 1e6, measure_rates(method, make_queries()), 9)
+    assert answer_queries(method, make_queries(), deadline=deadline) == one_at_a_time
+    assert (deadline.n_shortened, deadline.n_guessed, deadline.describe()) == (0, 0, "")
 
 
 def test_predictions_are_written_as_the_kit_expects(tmp_path):

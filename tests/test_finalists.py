@@ -5,7 +5,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from search.finalists import Bounds, judge_finalists, make_candidates, make_references, stack_coefficients
+from search.finalists import (
+    Bounds,
+    choose_finalists,
+    judge_finalists,
+    make_candidates,
+    make_references,
+    stack_coefficients,
+)
 
 NAMES = ("maths", "code")
 BALANCED = np.array([0.6, 0.8])
@@ -144,3 +151,18 @@ def test_rivals_are_base_uniform_balanced_prior_and_the_best_single_expert():
     judgement = judge([1, 0.9, 0.75, 0.6, 0.7, 0.8, 0.1, 0.2], prior=PRIOR)
     first = {"base": 1, "uniform": 0.9, "balanced": 0.75}
     assert judgement.rivals == {**first, "prior": 0.6, "expert maths": 0.7}
+
+
+def test_where_time_is_short_single_experts_are_given_up_first_then_the_archives_end():
+    archive = np.repeat(ARCHIVE, 3, 0)
+    finalists = [*make_references(2, NAMES, BALANCED, PRIOR), *make_candidates(archive, MEAN, ARCHIVE[0])]
+    names = [finalist.name for finalist in finalists]
+
+    def kept(n_most):
+        return [finalist.name for finalist in choose_finalists(finalists, n_most)]
+
+    few = ["base", "uniform", "balanced", "prior", "archive 1", "mean", "refined"]
+    assert kept(len(names)) == names
+    assert kept(10) == [name for name in names if name != "expert code"]
+    assert kept(8) == [*few[:5], "archive 2", *few[5:]]
+    assert kept(7) == kept(0) == few

@@ -19,7 +19,7 @@ from search.forecast import (
 )
 from search.loop import Before, Engine, Limits, SearchTools, search_loop
 from search.racing import BlockScores, plan_race
-from search.timebox import TimeBox
+from search.timebox import PROCESS_END_S, SPARE_SHARE, TimeBox
 
 SECONDS = st.floats(0.001, 10)
 TIMES = Timetable(
@@ -74,9 +74,9 @@ def test_a_race_costs_what_its_rungs_add_up_to():
     assert race_seconds(cost, plan_race(16, 8, None), 10) == pytest.approx(cost.seconds(16, 80))
 
 
-def test_the_search_has_what_the_rest_leaves_with_the_end_counted_carefully():
-    assert TIMES.fixed_s == pytest.approx(27 + 1.2 * 5)
-    assert TIMES.search_s == pytest.approx(100 - 33)
+def test_the_search_has_what_the_rest_leaves_less_what_is_spare():
+    assert TIMES.fixed_s == pytest.approx(27 + 5 + 0.05 * 100 + 1.5)
+    assert TIMES.search_s == pytest.approx(100 - 38.5)
 
 
 @given(st.integers(1, 50), st.floats(0.1, 20))
@@ -139,7 +139,8 @@ def test_the_forecast_is_what_the_search_loop_does(generation_s, search_s, max_e
     tools = SearchTools(trace=NoTrace(), timebox=box)
     limits = Limits(max_evaluations=max_evaluations, n_finalists=1)
     outcome = search_loop(Engine(StillOptimizer(), evaluator), tools, limits, before=Before())
-    times = replace(TIMES, generation_s=generation_s, time_box_s=TIMES.fixed_s + search_s)
+    box_s = (TIMES._phases_s + PROCESS_END_S + search_s) / (1 - SPARE_SHARE)
+    times = replace(TIMES, generation_s=generation_s, time_box_s=box_s)
     found = forecast_search(times, plan(max_evaluations=max_evaluations))
     assert (found.generations, found.evaluations) == (outcome.generations, outcome.evaluations)
     assert found.ended_by == outcome.ended_by
@@ -149,9 +150,9 @@ def test_the_forecast_is_what_the_search_loop_does(generation_s, search_s, max_e
 def test_stages_share_evaluations_and_time_and_a_later_one_may_get_nothing():
     shares = (1.0, 3.0)
     assert forecast_search(TIMES, plan(max_evaluations=80, shares=shares)).generations == 20
-    found = forecast_search(TIMES, plan(shares=shares))  # 67 s: 16.75 for the first, 2 s a generation
-    first = math.floor(16.75 / 2 - 1.2) + 1
-    assert found.generations == first + math.floor((67 - 2 * first) / 2 - 1.2) + 1
+    found = forecast_search(TIMES, plan(shares=shares))  # 61.5 s: 15.375 for the first, 2 s a generation
+    first = math.floor(15.375 / 2 - 1.2) + 1
+    assert found.generations == first + math.floor((61.5 - 2 * first) / 2 - 1.2) + 1
     assert found.ended_by == "clock"
     starved = forecast_search(replace(TIMES, time_box_s=30), plan(shares=shares))
     assert (starved.generations, starved.ended_by) == (1, "clock")

@@ -28,7 +28,7 @@ SETTINGS = (
     "search.stages=[{share: 1, groups: model}, {share: 2, groups: layer}]",
     *("search.gradient.inject_every=3", "objective.weak_signal_nats=0"),
 )
-TIMES = {"elapsed_s", "seconds", "peak_bytes", "left_s", "needed_s", "commit"}
+TIMES = {"elapsed_s", "seconds", "peak_bytes", "left_s", "needed_s", "reserves_s", "commit"}
 N_MOMENTS, N_MOMENTS_SLOW = 14, 50
 
 

@@ -28,7 +28,8 @@ LAYERS = (
     {"adapters", "archive", "base", "finalists", "gradient", "movement", "optimizer", "plugin", "priors"}
     | {"racing", "report", "settings", "tables"},
     {"config", "figures", "figures_genomes", "finding", "loop", "prior_learning", "recorded", "stack"},
-    {"balance", "forecast", "merge", "parts", "population", "progress", "resume", "stages", "summary"},
+    {"balance", "forecast", "merge", "parts", "population", "progress", "reserves", "resume", "stages"}
+    | {"summary"},
     {"compress", "delivery", "diagnosis", "drafts", "folding", "planning", "trust"},
     {"diagnosis_text", "export", "prompts"},
     {"experts"},
@@ -36,8 +37,8 @@ LAYERS = (
     {"evaluate"},
     {"steering"},
     {"ending", "setup"},
-    {"phases", "steps", "trial"},
-    {"footprint"},
+    {"outcome", "steps", "trial"},
+    {"footprint", "phases"},
     {"doctor", "run"},
     {"__init__", "__main__"},
 )
@@ -46,7 +47,18 @@ TORCH_FREE = {
     *("archive", "card", "config", "diagnosis", "diagnosis_text", "errors", "figures", "figures_genomes"),
     *("files", "finalists", "finding", "forecast", "gradient", "groups", "interruption", "locate", "loop"),
     *("movement", "optimizer", "picture", "planning", "prior_learning", "priors", "profiles", "progress"),
-    *("provenance", "racing", "report", "resume", "settings", "skeleton", "space", "stages", "summary"),
+    *(
+        "provenance",
+        "racing",
+        "report",
+        "reserves",
+        "resume",
+        "settings",
+        "skeleton",
+        "space",
+        "stages",
+        "summary",
+    ),
     *("tables", "timebox", "trace", "transforms", "trust", "workspace", "yaml_input"),
 }
 ONLY_IN = {

@@ -168,12 +168,19 @@ def test_ends_by_the_clock_before_a_generation_that_may_not_fit(tmp_path):
     assert (outcome.ended_by, outcome.generations) == ("clock", 9)
 
 
-def test_the_longest_generation_so_far_decides(tmp_path):
+def test_the_longest_recent_generation_decides(tmp_path):
     clock = Clock()
     outcome = run(tmp_path, evaluator=SumEvaluator(clock, (1, 5, 1)), limit_s=12, max_evaluations=1000)
     assert (outcome.ended_by, outcome.generations) == ("clock", 3)  # 6 s left, 1.2 x 5 s just fits; then 5 s
     assert clock.now_s <= 12
     assert outcome.longest_s == 5
+
+
+def test_a_first_generation_that_was_long_is_forgotten(tmp_path):
+    clock = Clock()
+    seconds = (20, *[1] * 50)
+    outcome = run(tmp_path, evaluator=SumEvaluator(clock, seconds), limit_s=60, max_evaluations=1000)
+    assert (outcome.ended_by, clock.now_s) == ("clock", 59)
 
 
 @pytest.mark.parametrize("limit_s", [3.0, 7.7, 20.0, 100.0])

@@ -260,3 +260,23 @@ def test_the_competitions_queries_are_answered_by_the_zoo(here):
     config = here / "zoo.yaml"
     config.write_text(f"base: {ZOO / 'base'}\nadapters: {ZOO / 'adapters'}\n")
     answer_kit_queries(config, "uniform_average")
+
+
+def test_a_time_box_too_short_for_a_search_says_so_and_still_answers(zoo, here, capsys):
+    assert run(zoo, "--time-box", 0.5, method="my_merge") == 0
+    printed = capsys.readouterr().out
+    assert "the time box of 0.5 s is too short for a search" in printed
+    assert "search ended by clock" in printed
+    rows = read_rows("output/queries.csv")[1:]
+    assert rows[1][1] in ("0", "1")  # late, but read
+    document = json.loads(Path("output/my_merge/coefficients.json").read_text())
+    assert document["provenance"]["winner"] == "balanced"
+
+
+def test_what_is_not_read_in_time_is_counted(zoo, here, quick, capsys, monkeypatch):
+    gone_s = iter([0.0, 0.0, 96.0, *[99.0] * 99])  # the answers' time is over before the first batch
+    monkeypatch.setattr(program, "seconds_gone", lambda: next(gone_s))
+    assert run(zoo, "--time-box", 100) == 0
+    printed = capsys.readouterr().out
+    assert "2 queries were not read and got a placeholder" in printed
+    assert [row[1] for row in read_rows("output/queries.csv")[1:]] == ["unknown", "0"]

@@ -145,7 +145,7 @@ def test_uniform_average_equals_pefts_deltas(zoo, config, tmp_path):
 def test_my_merge_folds_what_the_search_found(config, tmp_path, monkeypatch):
     asked = {}
 
-    def find(config, *, output, base, reserve_s):
+    def find(config, *, output, base, reserve_s, measure_later_s):
         asked.update(output=output, reserve_s=reserve_s, model=copy.deepcopy(base.model))
         adapters = [load_adapter(a.source, name=a.name) for a in config.adapters]
         groups = group_modules({m for a in adapters for m in a.modules}, "layer")
@@ -164,7 +164,7 @@ def test_my_merge_folds_what_the_search_found(config, tmp_path, monkeypatch):
 
     monkeypatch.setattr(import_module("llm_merging.merging.MyMerge"), "run_search", find)
     method = MyMerge("my_merge", config)
-    method.output, method.measure_reserve_s = tmp_path, lambda: 7.0
+    method.output, method.gone_s = tmp_path, lambda: 7.0
     method.merge()
     assert (asked["output"], asked["reserve_s"]) == (tmp_path, 7.0)
     assert (method.ended_by, method.report) == ("clock", "found")

@@ -36,7 +36,7 @@ QUICK = (
     *("search.max_evaluations=24", "search.n_candidates=6", "search.n_finalists=3"),
     "objective.weak_signal_nats=0",  # without skeletons all would be confined
 )
-TIMES = {"elapsed_s", "seconds", "peak_bytes", "left_s", "needed_s"}
+TIMES = {"elapsed_s", "seconds", "peak_bytes", "left_s", "needed_s", "reserves_s"}
 EVENTS = ["prompts", "signals", "references", "search", "stage", "stage_ended", "search_ended"]
 ENDS_WELL = "objective.weak_signal_nats=100"
 """All adapters are near the balanced merge: no single expert wins, something that was found does."""
@@ -262,22 +262,31 @@ def test_where_all_adapters_are_broken_nothing_is_written(run, zoo, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_tiny_time_box_still_gives_one_generation_and_says_so(run):
-    result, trace, output = run("search.time_box_s=0.001", "search.max_evaluations=6000")
-    assert (result.ended_by, result.evaluations, len(trace.generations)) == ("clock", 6, 1)
-    assert event(trace, "finalists_skipped")["needed_s"] > 0
-    judged = event(trace, "finalists")
-    assert names_of(trace) == [*EVENTS, "finalists_skipped", "finalists", "merged"]
-    assert (judged["prompts"], judged["names"]) == ("searched", ["base", "uniform", "balanced", "archive 1"])
-    assert result.loss == min(judged["losses"])
-    assert judged["losses"][3] == pytest.approx(trace.generations[0].losses.min())
-    assert "ended by the clock" in result.report
+@pytest.mark.parametrize("limit", [{"time_box_s": 0.001}, {"time_box_s": 100, "reserve_s": 100}])
+def test_a_time_box_without_room_for_a_search_gives_the_balanced_merge_and_says_so(run, caplog, limit):
+    limit_s = limit.pop("time_box_s")
+    result, trace, output = run(f"search.time_box_s={limit_s}", "search.max_evaluations=6000", **limit)
+    assert (result.ended_by, result.evaluations, len(trace.generations)) == ("clock", 0, 0)
+    assert names_of(trace) == ["search_skipped", "merged"]
+    assert event(trace, "search_skipped")["phase"] == "prompts"
+    assert result.winner == "balanced"
+    assert (result.coefficients > 0).all()
+    assert f"the time box of {limit_s:g} s is too short for a search" in result.report
+    assert "too short for a search" in caplog.text
+    document = json.loads((output / "coefficients.json").read_text())
+    assert document["coefficients"] == result.coefficients.tolist()
     assert (output / "adapter/adapter_config.json").exists()
 
 
-def test_the_callers_seconds_are_not_searched_in(run):
-    result, _, _ = run("search.time_box_s=100", "search.max_evaluations=6000", reserve_s=100)
-    assert (result.ended_by, result.evaluations) == ("clock", 6)
+def test_a_time_box_that_ends_in_the_search_merges_what_is_known(run, monkeypatch):
+    """The first generation takes longer than all that was left: it is dropped."""
+    clock = TokenClock(monkeypatch)
+    at_scoring(monkeypatch, 1, lambda: setattr(clock, "now_s", 1e6))
+    result, trace, _ = run("search.time_box_s=100", "search.max_evaluations=6000")
+    assert (result.ended_by, result.evaluations) == ("clock", 0)
+    assert names_of(trace) == [*EVENTS, "finalists_skipped", "finalists", "merged"]
+    judged = event(trace, "finalists")
+    assert (judged["prompts"], judged["names"]) == ("searched", ["base", "uniform", "balanced"])
 
 
 class TokenClock:

@@ -28,7 +28,7 @@ OPTIONS = (
     "objective.weak_signal_nats=100",  # nobody wins alone, something that was found does
 )
 N_GENERATIONS = 5
-TIMES = {"elapsed_s", "seconds", "peak_bytes", "left_s", "needed_s"}
+TIMES = {"elapsed_s", "seconds", "peak_bytes", "left_s", "needed_s", "reserves_s"}
 AGAIN = {"resumed", "out_of_memory"}
 """Events that may come more than once."""
 
@@ -46,7 +46,7 @@ def base(zoo):
 @pytest.fixture(autouse=True)
 def _clean_checkout(monkeypatch):
     """The commit is the same for all runs, whatever happens to the files beside."""
-    for module in ("phases", "setup"):
+    for module in ("outcome", "setup"):
         monkeypatch.setattr(f"search.{module}.checkout_commit", lambda: "1" * 40)
 
 
@@ -62,7 +62,7 @@ def whole(config, base, tmp_path_factory):
     """The folder of a run that was never stopped."""
     output = tmp_path_factory.mktemp("whole")
     with pytest.MonkeyPatch.context() as patch:
-        for module in ("phases", "setup"):
+        for module in ("outcome", "setup"):
             patch.setattr(f"search.{module}.checkout_commit", lambda: "1" * 40)
         run_search(config, output=output, base=base)
     return output

@@ -289,7 +289,7 @@ def test_prompts_are_byte_for_byte_those_that_my_merge_searches_on(merged, zoo, 
 @pytest.mark.parametrize("name", ["adamerging", "lorahub"])
 def test_the_clock_ends_the_search_and_the_best_so_far_is_merged(zoo, tmp_path, name):
     method = METHODS[name](name, load_config(zoo, [*QUICK, "search.max_evaluations=100000"]))
-    method.output, method.measure_reserve_s = tmp_path, lambda: 1e6
+    method.output, method.gone_s = tmp_path, lambda: 1e6
     method.merge()
     provenance = record_of(method)["provenance"]
     assert (provenance["ended_by"], provenance["evaluations"], method.ended_by) == ("clock", 1, "clock")

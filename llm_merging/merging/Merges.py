@@ -63,8 +63,10 @@ class Merges:
         """Folder for what the method writes."""
         self.skip_first_choice_token = False
         """True reproduces the kit's own scoring of choices."""
-        self.measure_reserve_s: Callable[[], float] = lambda: 0.0
-        """Seconds of the time box that are not the method's: already gone, or needed to answer afterwards."""
+        self.gone_s: Callable[[], float] = lambda: 0.0
+        """Seconds of the time box that are gone already."""
+        self.measure_answers_s: Callable[[], float] = lambda: 0.0
+        """Measures the seconds of the time box that the answers will need, at every call anew."""
         self.ended_by = ""
         """What ended the method's search: evaluations, clock or interrupt; empty where there was none."""
         self.report = ""
@@ -85,6 +87,11 @@ class Merges:
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.merged_model.items()}
         with atomic_write(Path(output_dir) / "safetensor.pt") as temporary:
             temporary.write_bytes(save(tensors, metadata={"format": "pt"}))
+
+    def measure_reserve_s(self) -> float:
+        """Return the seconds of the time box that are not the method's; measuring takes some of them."""
+        answers_s = self.measure_answers_s()
+        return answers_s + self.gone_s()
 
     def context(self) -> int | None:
         """Return how many tokens a query and its answer may have, None if the base does not say."""

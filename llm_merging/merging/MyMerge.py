@@ -16,7 +16,11 @@ class MyMerge(Merges):
         self._load_base_model()
         self._load_tokenizer()
         result = run_search(
-            self.config, output=self.output, base=self.loaded_base, reserve_s=self.measure_reserve_s()
+            self.config,
+            output=self.output,
+            base=self.loaded_base,
+            reserve_s=self.gone_s(),
+            measure_later_s=self.measure_answers_s,
         )
         fold_adapters(self.base_model, result.adapters, result.coefficients, result.groups)
         self.merged_model = result.merged.state_dict
