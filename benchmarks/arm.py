@@ -24,13 +24,13 @@ from benchmarks.zoo.sizes import SHIPPED
 from benchmarks.zoo.tasks import HELD_IN
 from search.base import LoadedBase, load_base
 from search.config import SearchConfig, load_config
-from search.loop import CAUTION
 from search.outcome import RunResult
 from search.recorded import TRACE_FILE
 from search.run import run_search
 from search.setup import Setup, load_setup
 from search.skeleton import parse_skeleton
 from search.space import FloatArray
+from search.timebox import PROCESS_END_S, SPARE_SHARE
 from search.trace import Trace
 
 SHARES = "held_in_N", "worst_task", "held_out"
@@ -127,9 +127,10 @@ def fit_time_box(config: SearchConfig, limit_s: float, base: LoadedBase, folder:
     short = {"time_box_s": NO_LIMIT_S, "max_evaluations": settings.n_candidates, "gradient": gradient}
     run_search(_with_search(config, **short), output=folder, base=base)
     trace = Trace.load(folder / TRACE_FILE)
-    kept_back_s = CAUTION * (trace.last("refined") or {}).get("seconds", 0.0)
-    rest_s = NO_LIMIT_S - (trace.last("search") or {})["left_s"] - kept_back_s
-    return _with_search(config, time_box_s=rest_s + limit_s)
+    begun = trace.last("search") or {}
+    kept_s = begun["reserves_s"]  # the refinement's is searched in, and what is spare grows with the box
+    rest_s = NO_LIMIT_S - begun["left_s"] - kept_s["refine"] - kept_s["spare"]
+    return _with_search(config, time_box_s=(rest_s + limit_s + PROCESS_END_S) / (1 - SPARE_SHARE))
 
 
 def _with_search(config: SearchConfig, **settings: Any) -> SearchConfig:

@@ -308,7 +308,7 @@ def test_any_yaml_is_a_config_or_one_line(document, with_valid_start):
     "path", sorted((Path(__file__).parents[1] / "configs").glob("*.yaml")), ids=lambda p: p.name
 )
 def test_the_configs_that_ship_load_from_any_folder(path):
-    assert len(load_config(path).adapters) >= 10
+    assert len(load_config(path).adapters) >= 3
 
 
 def test_the_demo_gives_every_adapter_a_skeleton_that_holds_no_row_of_data():
