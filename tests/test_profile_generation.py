@@ -119,7 +119,9 @@ def test_a_gpus_kernels_are_counted_once():
 
     seconds = time_interleaved({"multiply": multiply}, device, repeats=5)
     found = profile_kernels(multiply, device)
-    assert found["ms"].keys() == {"matrix products"}
+    assert (
+        {"matrix products"} <= found["ms"].keys() <= {"matrix products", "copies"}
+    )  # a workspace is cleared
     assert found["busy_ms"] == pytest.approx(1000 * seconds["multiply"], rel=0.2)
 
 
