@@ -46,8 +46,8 @@ class Mixtures:
         """Within the context, row r of every forward pass (and of `generate`) runs under coefficients[r].
 
         Each touched layer's output W x gains B (c * (A x)), computed in the model's type; a row of zeros is
-        the base itself (on a CPU bit for bit). Gradients flow into `coefficients`. Leaving restores the model, also
-        after an exception.
+        the base itself, on a CPU bit for bit. Gradients flow into `coefficients`. Leaving restores the model,
+        also after an exception.
 
         Args:
             coefficients: (n_rows, n_groups, n_adapters).
