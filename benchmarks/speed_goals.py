@@ -73,6 +73,11 @@ def _seven_modules(row: Row) -> float:
     return 100 * min(found["seven_modules_overhead"] for found in row["full_forward"])
 
 
+def _objective(row: Row) -> float:
+    of_pass = row["objective"]["of_pass"]  # the first lines have it by itself alone, on an idle device
+    return float(100 * of_pass.get("objective_behind_a_pass", of_pass["objective"]))
+
+
 GOALS = (
     Goal("population's tokens/s over the compiled base's", FORWARD, _full("of_base"), 0.975, spec=".3f"),
     Goal("model FLOP/s over the matrix rate of the run", FORWARD, _full("of_matrix_rate"), 0.8, spec=".3f"),
@@ -90,7 +95,7 @@ GOALS = (
     Goal(
         "objective, % of a forward pass",
         STEP,
-        lambda row: 100 * row["objective"]["of_pass"]["objective"],
+        _objective,
         1,
         False,
     ),

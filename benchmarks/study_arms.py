@@ -172,7 +172,11 @@ GRADIENTS = (
     *_settings("gradient", "refine", "search.gradient.refine_steps", 0, 10, 40, 80),
     Arm("inject every 4", ("search.gradient.inject_every=4",), family="gradient"),
 )
-STARTS = (Arm("start 0.1", ("search.start=0.1",), family="start"), START)
+STARTS = (
+    Arm("start 0.1", ("search.start=0.1",), family="start"),
+    START,
+    Arm("prior", ("search.prior=configs/priors/demo.json",), family="start"),
+)
 WORDINGS = (
     Arm("instruction in other words", change=other_lines, family="skeletons"),
     Arm("instruction and fields in other words", change=other_lines_and_fields, family="skeletons"),
