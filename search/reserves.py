@@ -22,6 +22,8 @@ FINALISTS_SHARE = 0.25
 """Of the time that is left after all else, the most that is kept for finalists beyond the few."""
 AGAIN_SHARE, AGAIN_GENERATIONS = 0.15, 3
 """What is left of the search, as a share of it and in generations, when all is measured again."""
+MEASURING_SHARE = 0.1
+"""Of the time box, the most that is spent on measuring."""
 STEADY = 1.1
 """A pace up to this is taken for 1: seconds of the same work differ, and the time box has some to spare."""
 N_RECENT = 3
@@ -65,7 +67,10 @@ class Reserves:
         self._recent: deque[float] = deque(maxlen=N_RECENT)
         self._again = self._over = False
         self._began_s: float | None = None
-        self._fastest, self._measuring_s = math.inf, 0.0
+        self._fastest, self._measuring_s, self._all_measuring_s = math.inf, 0.0, 0.0
+        self._measured_at_s = (
+            0.0  # by the token of a generation, when all was last measured; 0 if none was yet
+        )
         self.pace = 1.0
         """Seconds that work takes now over those when it was measured; 1 or more."""
         self.costs = self._measure_now()
@@ -83,12 +88,23 @@ class Reserves:
         self._recent.append(seconds / max(1, n_tokens))
         self._fastest = min(self._fastest, self._recent[-1])
         self._follow(self._recent_s() / self._fastest)
-        left_s = self._box.left_s()
         near_s = max(AGAIN_SHARE * self._search_s, AGAIN_GENERATIONS * longest_s + self._measuring_s)
-        if not self._again and self.pace * self._measuring_s < left_s < near_s:
-            self._again = True
+        if self._box.left_s() < near_s and self._may_measure():
             self.costs = self._measure_now()
             self._reserve()
+            self._again = self._box.left_s() < near_s
+
+    def _may_measure(self) -> bool:
+        """Say whether to measure once more: near the end once, and before a slow spell alone ends the search.
+
+        Reserves that are scaled by the pace, or were measured at a slower one, may be larger than is needed;
+        to know is then worth the time of some gradients.
+        """
+        needed_s, box = self.pace * self._measuring_s, self._box
+        if self.pace == 1 and STEADY * self._recent_s() >= self._measured_at_s:
+            return not self._again and needed_s < box.left_s()
+        spent_s = self._all_measuring_s + needed_s
+        return needed_s < box.left_s(OPTIONAL) and spent_s < MEASURING_SHARE * box.limit_s
 
     def begin_ending(self) -> None:
         """Give back what was kept for refinement and finalists: they begin.
@@ -143,6 +159,8 @@ class Reserves:
         started_s = self._box.elapsed_s()
         costs = self._measure()
         self._measuring_s = self._box.elapsed_s() - started_s
+        self._all_measuring_s += self._measuring_s
+        self._measured_at_s = self._recent_s() if self._recent else 0.0
         self._recent.clear()
         self._fastest, self.pace = math.inf, 1.0
         logging.getLogger(__name__).info(

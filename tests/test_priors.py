@@ -283,8 +283,8 @@ def test_a_prior_is_shipped():
 
 
 @pytest.mark.parametrize("path", SHIPPED_PRIORS, ids=lambda path: path.name)
-def test_a_shipped_prior_fits_the_demo_by_layer_with_nothing_missing(path):
-    config = load_config(ROOT / "configs" / "demo.yaml", ["search.space=layer"])
+def test_a_shipped_prior_fits_the_demo_with_nothing_missing(path):
+    config = load_config(ROOT / "configs" / "demo.yaml")
     adapters = [load_adapter(a.source, name=a.name) for a in config.adapters]
     space = config.search.space
     modules = {module for adapter in adapters for module in adapter.modules}

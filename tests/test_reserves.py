@@ -85,6 +85,29 @@ def test_on_a_machine_that_gets_slower_all_that_follows_still_fits(machine):
     assert 0 <= 200 - box.elapsed_s() < 12
 
 
+def test_a_search_is_not_ended_by_a_slow_spell_alone(machine):
+    for _ in range(3):
+        machine.generation()
+    machine.slower = 3.0
+    for _ in range(3):
+        machine.generation()
+    assert machine.measured == 2  # before it ends: the scaled reserves would leave nothing
+    assert machine.reserves.pace == 1
+    assert machine.box.reserves["later"] == 60
+    machine.slower = 1.0
+    while machine.box.fits(1.2 * 2):
+        machine.generation()
+    assert machine.box.reserves["later"] == 20  # measured again once it was over
+    assert machine.now_s > 130
+
+
+def test_measuring_has_its_share_of_the_box_and_no_more(machine):
+    while machine.box.left_s(OPTIONAL) > 0:
+        machine.slower *= 1.3
+        machine.generation()
+    assert machine.measured < 7
+
+
 def test_gradients_that_turn_slow_give_up_steps_then_finalists(machine):
     machine.now_s = 130.0
     machine.reserves.begin_ending()
