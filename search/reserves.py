@@ -100,8 +100,10 @@ class Reserves:
         Reserves that are scaled by the pace, or were measured at a slower one, may be larger than is needed;
         to know is then worth the time of some gradients.
         """
-        needed_s, box = self.pace * self._measuring_s, self._box
-        if self.pace == 1 and STEADY * self._recent_s() >= self._measured_at_s:
+        box, over = self._box, STEADY * self._recent_s() < self._measured_at_s
+        pace = self._recent_s() / self._measured_at_s if over else self.pace
+        needed_s = pace * self._measuring_s
+        if pace == 1:
             return not self._again and needed_s < box.left_s()
         spent_s = self._all_measuring_s + needed_s
         return needed_s < box.left_s(OPTIONAL) and spent_s < MEASURING_SHARE * box.limit_s
