@@ -20,6 +20,7 @@ from pathlib import Path
 from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
+    FileMetadataError,
     GatedRepoError,
     HfHubHTTPError,
     RepositoryNotFoundError,
@@ -189,7 +190,7 @@ def _explain(error: Exception, source: str) -> str:
         return _explain_answer(error, status, f"{constants.ENDPOINT}/{source}")
     if _is_offline():
         return f"no such folder, and not or not wholly in the cache {constants.HF_HUB_CACHE}. {_ONLINE}"
-    if isinstance(error, EntryNotFoundError):
+    if isinstance(error, EntryNotFoundError) and not isinstance(error.__cause__, FileMetadataError):
         return (
             f"no such folder, not cached, and {constants.ENDPOINT} is out of reach. Connect, or give a folder"
         )
