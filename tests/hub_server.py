@@ -24,6 +24,8 @@ PATHS = (
 )
 LARGE = (".safetensors", ".bin")
 """Files that the hub keeps elsewhere: their ETag is a SHA-256, and they are redirected to."""
+EXPIRED = "expired"
+"""A token that the hub does not take."""
 
 
 @dataclass
@@ -141,6 +143,8 @@ class _Handler(BaseHTTPRequestHandler):
             busy = repo.busy.pop(0) if repo and repo.busy and repo.busy_at == kind else None
         if busy:
             self._send(busy[0], b"busy", **({"Retry-After": busy[1]} if busy[1] else {}))
+        elif token == EXPIRED:
+            self._refuse(401, "", **{"X-Error-Message": "Invalid credentials in Authorization header"})
         elif repo is None or (repo.hidden and token is None):
             self._refuse(401 if token is None else 404, "RepoNotFound")
         elif repo.gated_to and kind == "file" and token != repo.gated_to:

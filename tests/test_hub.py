@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,17 @@ from huggingface_hub import constants
 
 import search.base
 from llm_merging.constants import BASE_MODEL_NAME, LIST_MODELS
+from llm_merging.merging.uniform_average import UniformAverage
 from search.adapters import CONFIG_FILE, WEIGHTS_FILE, load_adapter
 from search.base import load_base, load_tokenizer, read_context
+from search.config import load_config
 from search.errors import InputError
 from search.files import sha256_file
 from search.hub import LONGEST_WAIT_S, WAITS_S, Fetched, MissingOnHubError, fetch
-from tests.hub_server import Hub, Repo, serve
+from search.parts import load_adapters
+from search.setup import load_setup
+from search.trace import Trace
+from tests.hub_server import EXPIRED, Hub, Repo, serve
 
 ZOO = Path(__file__).parents[1] / "data/zoo"
 EXPERTS = sorted((ZOO / "adapters").iterdir())
@@ -250,6 +255,11 @@ def test_a_guarded_adapter_says_where_to_ask(
     assert "HF_TOKEN" in message
 
 
+def test_a_token_that_is_no_longer_good_is_told_apart(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", EXPIRED)
+    assert f"the hub refuses the token (401). Make one that can read {hub.url}/{ADAPTER}" in refusal()
+
+
 @pytest.mark.parametrize("variable", ["HF_TOKEN", "HF_AUTH_TOKEN"])
 def test_a_token_opens_a_guarded_adapter(
     hub: Hub, repo: Repo, monkeypatch: pytest.MonkeyPatch, variable: str
@@ -278,6 +288,70 @@ def test_an_adapter_that_is_not_there_is_named(
     message = refusal(MissingOnHubError)
     assert f"no such folder, and not on the hub: {hub.url}/{ADAPTER} (40" in message
     assert "Check its name; if it is private" in message
+
+
+def configured(tmp_path: Path, *overrides: str, names: Sequence[str] = ("magicoder", "cnn", "drop")) -> Path:
+    """Write a configuration of some of the competition's adapters, as the zoo plays them."""
+    adapters = [
+        {"source": source, "revision": commit, "skeletons": ["### Task: Say.\n### Text:{text}\n### Answer:"]}
+        for source, commit in LIST_MODELS
+        if source.split("/")[1] in names
+    ]
+    settings = {"base": {"source": BASE_MODEL_NAME, "name": "data/zoo/base"}, "adapters": adapters}
+    path = tmp_path / "config.yaml"
+    path.write_text("\n".join([json.dumps(settings)[:-1] + "".join(f", {o}" for o in overrides) + "}"]))
+    return path
+
+
+def test_a_missing_adapter_ends_the_run_and_says_how_to_go_on(hub: Hub, tmp_path: Path) -> None:
+    del hub.repos["predibase/cnn"]
+    with pytest.raises(InputError) as caught:
+        load_adapters(load_config(configured(tmp_path)))
+    assert str(caught.value).startswith("adapter 'cnn' (predibase/cnn) at revision 'dec34c4")
+    assert str(caught.value).endswith("Or set `adapters_missing: skip` to merge without it.")
+
+
+def test_a_missing_adapter_is_left_out_and_named_where_the_config_says_so(
+    hub: Hub, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    del hub.repos["predibase/cnn"]
+    setup = load_setup(load_config(configured(tmp_path, '"adapters_missing": "skip"')))
+    assert setup.parts.names == ("magicoder", "drop")
+    header = setup.describe()
+    assert header["left_out"].keys() == {"cnn"}
+    assert "not on the hub" in header["left_out"]["cnn"]
+    assert [a["revision"] for a in header["adapters"]] == [COMMIT, dict(LIST_MODELS)["predibase/drop"]]
+    assert header["base"]["revision"] == hub.repos[BASE_MODEL_NAME].commit
+    assert "left out of the merge: adapter 'cnn'" in caplog.text
+
+
+def test_only_what_the_hub_says_it_does_not_have_is_skipped(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = load_config(configured(tmp_path, '"adapters_missing": "skip"'))
+    hub.repos["predibase/cnn"].gated_to = "member"
+    with pytest.raises(InputError, match=r"the hub guards it"):
+        load_adapters(config)
+    hub.repos["predibase/cnn"].gated_to = None
+    hub.repos["predibase/cnn"].busy, hub.repos["predibase/cnn"].busy_at = [(503, None)] * 99, "file"
+    with pytest.raises(InputError, match=r"the hub is busy"):
+        load_adapters(config)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(InputError, match=r"not or not wholly in the cache"):
+        load_adapters(config)
+
+
+def test_nothing_is_merged_where_no_adapter_is_left(hub: Hub, tmp_path: Path) -> None:
+    hub.repos.clear()
+    with pytest.raises(InputError, match=r"no adapter is left; the first: adapter 'magicoder'"):
+        load_adapters(load_config(configured(tmp_path, '"adapters_missing": "skip"')))
+
+
+def test_the_uniform_average_is_over_what_is_there(hub: Hub, tmp_path: Path) -> None:
+    del hub.repos["predibase/cnn"]
+    method = UniformAverage("u", load_config(configured(tmp_path, '"adapters_missing": "skip"')))
+    assert len(method._load_everything()) == 2
+    assert method.scale == 1 / 2
 
 
 # ---- broken connections and files
@@ -382,17 +456,44 @@ def test_a_busy_hub_does_not_matter_where_the_cache_serves(hub: Hub, repo: Repo,
 # ---- the environment, as huggingface_hub reads it
 
 
+def run_alone(command: Sequence[str], **variables: str) -> subprocess.CompletedProcess[str]:
+    """Run Python with no variable of the hub's but those given."""
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    return subprocess.run(
+        [sys.executable, *command], env=clean | variables, capture_output=True, text=True, check=False
+    )
+
+
 @pytest.mark.slow
 def test_endpoint_home_and_token_come_from_the_environment(hub: Hub, repo: Repo, tmp_path: Path) -> None:
     repo.gated_to = "member"
     own = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_AUTH_TOKEN": "member"}
     code = "import sys; from search.hub import fetch; print(fetch(*sys.argv[1:3], sys.argv[3:], 'a').folder)"
-    command = [sys.executable, "-c", code, ADAPTER, COMMIT, *FILES]
-    clean = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
-    done = subprocess.run(command, env=clean | own, capture_output=True, text=True, check=False)
+    command = ["-c", code, ADAPTER, COMMIT, *FILES]
+    done = run_alone(command, **own)
     assert done.returncode == 0, done.stderr
     assert Path(done.stdout.strip()).is_relative_to(tmp_path / "home")
-    again = subprocess.run(
-        command, env=clean | own | {"HF_HUB_OFFLINE": "1"}, capture_output=True, text=True, check=False
-    )
+    again = run_alone(command, **own, HF_HUB_OFFLINE="1")
     assert again.stdout == done.stdout
+
+
+@pytest.mark.slow
+def test_a_whole_run_from_the_hub_records_commits_and_what_was_missing(hub: Hub, tmp_path: Path) -> None:
+    del hub.repos["predibase/cnn"]
+    path, out = configured(tmp_path, '"adapters_missing": "skip"'), tmp_path / "out"
+    quick = ["search.max_evaluations=16", "prompts.per_adapter=2", "search.gradient.refine_steps=0"]
+    own = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home")}
+    done = run_alone(["-m", "search", "run", str(path), "--out", str(out), "--set", *quick], **own)
+    assert done.returncode == 0, done.stderr
+    base, found = hub.repos[BASE_MODEL_NAME].commit, json.loads((out / "coefficients.json").read_text())
+    for document in (found, Trace.load(out / "trace.jsonl").header):
+        assert document["base"]["revision"] == base
+        assert [a["revision"] for a in document["adapters"]] == [COMMIT, dict(LIST_MODELS)["predibase/drop"]]
+    assert found["provenance"]["left_out"].keys() == {"cnn"}
+    assert Trace.load(out / "trace.jsonl").header["left_out"] == found["provenance"]["left_out"]
+    assert "left out, coefficient 0: cnn: adapter 'cnn'" in done.stderr
+    assert f"commit {base}; pin it with `revision:`" in done.stderr
+    merged = run_alone(
+        ["-m", "search", "merge", str(out), "-o", str(tmp_path / "m")], **own, HF_HUB_OFFLINE="1"
+    )
+    assert merged.returncode == 0, merged.stderr
