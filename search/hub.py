@@ -45,7 +45,8 @@ LONGEST_WAIT_S = 300.0
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
 _IGNORED = ("*/*", "consolidated*")
 _HTTP_ERRORS = HfHubHTTPError.__bases__
-_ERRORS: tuple[type[Exception], ...] = (*_HTTP_ERRORS, OSError, ValueError, EntryNotFoundError)
+_ERRORS: tuple[type[Exception], ...] = (*_HTTP_ERRORS, OSError, ValueError, EntryNotFoundError, RuntimeError)
+"""All that snapshot_download raises; RuntimeError is hf_xet's."""
 _log = logging.getLogger(__name__)
 
 
@@ -174,8 +175,10 @@ def _is_passing(error: BaseException) -> bool:
     """Whether it may go away by itself; a hub that is out of reach at the first request does not."""
     if (status := _status_of(error)) is not None:
         return status in RETRIED
-    broke_off = isinstance(error, _HTTP_ERRORS[0])
-    return broke_off or "Consistency check failed" in str(error)  # fewer bytes than announced
+    broke_off = isinstance(error, (_HTTP_ERRORS[0], ConnectionError, TimeoutError, RuntimeError))
+    return (broke_off and not _is_offline()) or "Consistency check failed" in str(
+        error
+    )  # fewer bytes than announced
 
 
 def _is_missing(error: BaseException) -> bool:

@@ -14,6 +14,7 @@ import torch
 from huggingface_hub import constants
 
 import search.base
+import search.hub
 from llm_merging.constants import BASE_MODEL_NAME, LIST_MODELS
 from llm_merging.merging.uniform_average import UniformAverage
 from search.adapters import CONFIG_FILE, WEIGHTS_FILE, load_adapter
@@ -375,6 +376,33 @@ def test_whole_files_are_kept_when_another_never_comes(hub: Hub, repo: Repo) -> 
     hub.requests.clear()
     fetch_adapter()
     assert hub.asked("GET", "file", "large") == [WEIGHTS_FILE]
+
+
+@pytest.mark.parametrize("broken", [RuntimeError("data store gave up"), ConnectionResetError("by peer")])
+def test_a_store_for_large_files_that_breaks_off_is_asked_again(
+    hub: Hub, monkeypatch: pytest.MonkeyPatch, slept: list[float], broken: Exception
+) -> None:
+    real, failures = search.hub.snapshot_download, [broken, broken]
+
+    def download(*args: Any, **options: Any) -> str:
+        if failures:
+            raise failures.pop()
+        return real(*args, **options)
+
+    monkeypatch.setattr(search.hub, "snapshot_download", download)
+    assert fetch_adapter().commit == COMMIT
+    assert slept == list(WAITS_S[:2])
+    failures.extend([broken] * 99)
+    assert f"download failed: {broken}. Check name and connection, and start again" in refusal()
+
+
+def test_weights_are_read_for_their_hash_once(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    hashed: list[Path] = []
+    monkeypatch.setattr(search.hub, "sha256_file", lambda path: hashed.append(path) or sha256_file(path))
+    for _ in range(2):
+        load_base(BASE_MODEL_NAME, device="cpu")
+        load_adapter(ADAPTER, revision=COMMIT)
+    assert len(hashed) == 2
 
 
 def test_a_corrupted_file_is_fetched_again_once(
