@@ -128,7 +128,9 @@ def _download(
             if wait_s is None or asked_s > LONGEST_WAIT_S or not _is_passing(error):
                 kind = MissingOnHubError if _is_missing(error) else InputError
                 raise kind(f"{where}: {_explain(error, source)}.") from error
-            _log.warning("%s: %s; again in %.0f s", where, _error_line(error), max(wait_s, asked_s))
+            status = _status_of(error)
+            found = f"the hub answers {status}" if status else _error_line(error)
+            _log.warning("%s: %s; again in %.0f s", where, found, max(wait_s, asked_s))
             time.sleep(max(wait_s, asked_s))
     raise AssertionError("unreachable")
 
@@ -223,7 +225,9 @@ _KEPT = "whole files are kept"
 
 
 def _error_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(" .")
+    """Return its first line, without the queries of addresses: they may be signed."""
+    line = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(" .")
+    return re.sub(r"(https?://[^\s?']+)\?[^\s']*", r"\1", line)
 
 
 # ---- the cache: snapshots/COMMIT/NAME links to blobs/HASH
