@@ -124,7 +124,7 @@ def load_shapes(source: str, *, revision: str | None = None) -> nn.Module:
         _check_weights_exist(source, folder)
     try:
         with torch.device("meta"):
-            model: nn.Module = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+            model: nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=False)  # type: ignore[no-untyped-call]
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(
             f"base {source!r}: its config.json describes no causal language model: {_first_line(error)}. "

@@ -8,7 +8,7 @@ import logging
 import os
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
@@ -16,6 +16,7 @@ from fnmatch import fnmatch
 from functools import cache
 from hashlib import sha1
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import (
@@ -30,9 +31,10 @@ from huggingface_hub.errors import (
 from search.errors import InputError
 from search.files import sha256_file
 
+_CHAT_FILES = ("chat_template.jinja", "chat_template.json")
 TEXT_FILES = (
     *("config.json", "generation_config.json", "special_tokens_map.json", "added_tokens.json"),
-    *("tokenizer*.json", "*.model", "vocab.json", "vocab.txt", "merges.txt", "chat_template.*"),
+    *("tokenizer*.json", "*.model", "vocab.json", "vocab.txt", "merges.txt", *_CHAT_FILES),
 )
 """A model's configuration and tokenizer; no code."""
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json")
@@ -142,6 +144,7 @@ def _kit_token() -> str | None:
 
 # ---- what went wrong
 
+_KEPT = "whole files are kept"
 _ONLINE = "Unset HF_HUB_OFFLINE once to fetch it, or give a folder"
 
 
@@ -149,22 +152,21 @@ def _is_offline() -> bool:
     return bool(constants.HF_HUB_OFFLINE)
 
 
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
+def _response_of(error: BaseException | None) -> Any:
+    """Return the hub's answer that an error comes from, if one does; its type is the HTTP client's own."""
+    while error is not None and getattr(error, "response", None) is None:
         error = error.__cause__
+    return getattr(error, "response", None)
 
 
 def _status_of(error: BaseException) -> int | None:
-    """Return the HTTP status that an error comes from, if one does."""
-    responses = (getattr(cause, "response", None) for cause in _causes(error))
-    return next((int(response.status_code) for response in responses if response is not None), None)
+    return getattr(_response_of(error), "status_code", None)
 
 
 def _retry_after_s(error: BaseException) -> float:
     """Return what the hub asks to wait; 0 where it does not."""
-    responses = (getattr(cause, "response", None) for cause in _causes(error))
-    text = next((r.headers.get("Retry-After") or "" for r in responses if r is not None), "").strip()
+    response = _response_of(error)
+    text = "" if response is None else (response.headers.get("Retry-After") or "").strip()
     if text.isdigit():
         return float(text)
     try:
@@ -178,9 +180,8 @@ def _is_passing(error: BaseException) -> bool:
     if (status := _status_of(error)) is not None:
         return status in RETRIED
     broke_off = isinstance(error, (_HTTP_ERRORS[0], ConnectionError, TimeoutError, RuntimeError))
-    return (broke_off and not _is_offline()) or "Consistency check failed" in str(
-        error
-    )  # fewer bytes than announced
+    too_few_bytes = "Consistency check failed" in str(error)
+    return (broke_off or too_few_bytes) and not _is_offline()
 
 
 def _is_missing(error: BaseException) -> bool:
@@ -196,9 +197,8 @@ def _explain(error: Exception, source: str) -> str:
     if _is_offline():
         return f"no such folder, and not or not wholly in the cache {constants.HF_HUB_CACHE}. {_ONLINE}"
     if isinstance(error, EntryNotFoundError) and not isinstance(error.__cause__, FileMetadataError):
-        return (
-            f"no such folder, not cached, and {constants.ENDPOINT} is out of reach. Connect, or give a folder"
-        )
+        found = f"no such folder, not cached, and {constants.ENDPOINT} is out of reach"
+        return f"{found}. Connect, or give a folder"
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return f"no space left for {constants.HF_HUB_CACHE}. Free some, or set HF_HOME to another disk"
     return f"download failed: {_error_line(error)}. Check name and connection, and start again: {_KEPT}"
@@ -219,9 +219,6 @@ def _explain_answer(error: Exception, status: int | None, page: str) -> str:
         asked = f", and asks to wait {wait:.0f} s" if (wait := _retry_after_s(error)) else ""
         return f"the hub is busy ({status}){asked}. Start again later: {_KEPT}"
     return f"the hub refuses: {_error_line(error)}. Check {page}"
-
-
-_KEPT = "whole files are kept"
 
 
 def _error_line(error: BaseException) -> str:
@@ -252,6 +249,8 @@ def _find_damaged(folder: Path, patterns: Sequence[str]) -> list[str]:
 
 
 def _is_whole(path: Path) -> bool:
+    if not path.exists():  # a link to a blob that is gone
+        return False
     expected = blob.name if (blob := _blob_of(path)) else ""
     if re.fullmatch("[0-9a-f]{64}", expected):
         return hash_file(path) == expected
@@ -267,7 +266,7 @@ def _forget(folder: Path, names: Sequence[str]) -> None:
     for path in (folder / name for name in names):
         if blob := _blob_of(path):
             blob.unlink(missing_ok=True)
-        path.unlink()
+        path.unlink(missing_ok=True)
 
 
 @cache

@@ -18,7 +18,7 @@ import search.hub
 from llm_merging.constants import BASE_MODEL_NAME, LIST_MODELS
 from llm_merging.merging.uniform_average import UniformAverage
 from search.adapters import CONFIG_FILE, WEIGHTS_FILE, load_adapter
-from search.base import load_base, load_tokenizer, read_context
+from search.base import load_base, load_shapes, load_tokenizer, read_context
 from search.config import load_config
 from search.errors import InputError
 from search.files import sha256_file
@@ -157,6 +157,11 @@ def test_code_of_a_base_is_neither_fetched_nor_run(hub: Hub, tmp_path: Path) -> 
     files["config.json"].write_text(json.dumps(config | own))
     with pytest.raises(InputError, match=r"config.json cannot be read"):
         read_context(BASE_MODEL_NAME)
+    files["config.json"] = tmp_path / "known.json"
+    files["config.json"].write_text(json.dumps(config | own | {"model_type": config["model_type"]}))
+    hub.repos[BASE_MODEL_NAME].commit = "e" * 40
+    load_shapes(BASE_MODEL_NAME)
+    assert type(load_base(BASE_MODEL_NAME, device="cpu").model).__module__.startswith("transformers.models.")
     assert "code.py" not in hub.asked("GET", "file")
 
 
@@ -433,6 +438,18 @@ def test_a_file_that_the_disk_spoiled_is_fetched_again(hub: Hub, repo: Repo, nam
     path.write_bytes(good[:-1] + b"?")
     fetch_adapter()
     assert path.read_bytes() == good
+
+
+def test_a_file_that_someone_deleted_from_the_cache_is_fetched_again(hub: Hub) -> None:
+    path = fetch_adapter().folder / WEIGHTS_FILE
+    path.resolve().unlink()
+    assert (fetch_adapter().folder / WEIGHTS_FILE).exists()
+
+
+def test_offline_a_deleted_file_is_one_line(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    (fetch_adapter().folder / WEIGHTS_FILE).resolve().unlink()
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert "Unset HF_HUB_OFFLINE once to fetch it" in refusal()
 
 
 def test_offline_a_spoiled_file_is_refused_and_kept(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
