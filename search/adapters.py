@@ -12,14 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    GatedRepoError,
-    HfHubHTTPError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -27,13 +19,12 @@ from transformers.pytorch_utils import Conv1D
 
 from search.dummy import SCALING, is_dummy, make_factors
 from search.errors import InputError
-from search.files import sha256_file
+from search.hub import fetch, hash_file
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 PICKLE_FILE = "adapter_model.bin"
 
-_ADAPTER_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 _TENSOR_KEY = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _BASE_EDITING_INITS = ("pissa", "olora", "corda", "lora_ga", "loftq")
@@ -58,13 +49,6 @@ _REFUSED_TENSORS = {
     "embed": "embeddings of its own (a resized vocabulary)",
     "lm_head": "an output layer of its own (a resized vocabulary)",
 }
-_HUB_ERRORS: tuple[type[Exception], ...] = (*HfHubHTTPError.__bases__, EntryNotFoundError, ValueError)
-_HUB_FAILURES: tuple[tuple[type[Exception], str], ...] = (
-    (GatedRepoError, "guarded: accept its terms on its page, then `hf auth login` or set HF_TOKEN"),
-    (RepositoryNotFoundError, "no local folder, and not on the hub. Check its name, or `hf auth login`"),
-    (RevisionNotFoundError, "the hub has no such revision. Give a branch, tag or commit that its page lists"),
-    (EntryNotFoundError, "no local folder, not cached, and the hub is out of reach. Connect, or give one"),
-)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -107,6 +91,7 @@ def load_adapter(
         allow_pickle: read adapter_model.bin (tensors only) where there is no safetensors file.
 
     Raises:
+        MissingOnHubError: the hub does not have it.
         InputError: the adapter is missing, damaged, or something else than plain LoRA on linear layers.
     """
     name = name or Path(source).name
@@ -115,28 +100,14 @@ def load_adapter(
         drawn = make_factors(source)
         modules = {key: Factors(A, B, SCALING) for key, (A, B) in drawn.factors.items()}
         return Adapter(name, modules, source, None, drawn.sha256, drawn.base)
-    folder = Path(source) if Path(source).is_dir() else _download(source, revision, where, allow_pickle)
-    revision = revision if folder == Path(source) else folder.name  # snapshots are kept under their commit
-    config = _read_config(folder / CONFIG_FILE, where)
+    files = [CONFIG_FILE, WEIGHTS_FILE, *([PICKLE_FILE] if allow_pickle else [])]
+    fetched = fetch(source, revision, files, where)
+    config = _read_config(fetched.folder / CONFIG_FILE, where)
     _check_settings(config, where)
-    weights = _find_weights(folder, where, allow_pickle)
+    weights = _find_weights(fetched.folder, where, allow_pickle)
     modules = _pair_factors(_read_tensors(weights, where), config, where)
     named = str(config.get("base_model_name_or_path") or "")
-    return Adapter(name, modules, source, revision, sha256_file(weights), named)
-
-
-def _download(source: str, revision: str | None, where: str, allow_pickle: bool) -> Path:
-    """Fetch the adapter's files (nothing else) from the hub, or its local cache."""
-    if not _ADAPTER_HUB_ID.fullmatch(source):
-        raise InputError(f"{where}: no such folder, and not a hub id (org/name). Check `source`.")
-    files = [CONFIG_FILE, WEIGHTS_FILE, *([PICKLE_FILE] if allow_pickle else [])]
-    try:
-        return Path(snapshot_download(source, revision=revision, allow_patterns=files))
-    except _HUB_ERRORS as error:  # OSError, the HTTP client's own, a file that is not there, a bad id
-        reason = next((text for kind, text in _HUB_FAILURES if isinstance(error, kind)), None)
-        reason = reason or f"download failed: {(str(error) or type(error).__name__).splitlines()[0]}"
-        at = f" at revision {revision!r}" if revision else ""
-        raise InputError(f"{where}{at}: {reason}.") from error
+    return Adapter(name, modules, source, fetched.commit or revision, hash_file(weights), named)
 
 
 def _read_config(path: Path, where: str) -> dict[str, Any]:

@@ -3,27 +3,22 @@
 Knows folders, hub ids, dtypes and devices; not adapters, prompts or the configuration.
 """
 
-import re
+import logging
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from search.dummy import architecture, is_dummy, make_model, make_shapes, make_tokenizer
 from search.errors import InputError
-from search.files import sha256_file
+from search.hub import TEXT_FILES, WEIGHT_FILES, Fetched, fetch, hash_file
 
 DTYPES = ("auto", "float64", "float32", "bfloat16", "float16")
-_TEXT_FILES = ["*.json", "*.model", "*.txt", "*.jinja"]
-_WEIGHT_FILES = ["*.safetensors"]
-_BASE_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,11 +52,16 @@ def load_base(
     if is_dummy(source):
         model = make_model(source, chosen_device, chosen_dtype).eval().requires_grad_(False)
         return LoadedBase(model, make_tokenizer(source), source, None, None)
-    tokenizer = load_tokenizer(source, revision=revision)
-    folder = _fetch_folder(source, revision, _TEXT_FILES + _WEIGHT_FILES)
-    _check_weights_exist(source, folder)
-    model = _load_model(source, folder, chosen_device, chosen_dtype).eval().requires_grad_(False)
-    return LoadedBase(model, tokenizer, source, _commit_of(folder), hash_weights(folder))
+    text = _fetch(source, revision)
+    tokenizer = _read_tokenizer(source, text.folder)
+    fetched = _fetch(source, text.commit or revision, weights=True)  # the commit that the tokenizer is of
+    if fetched.commit and fetched.commit != revision:
+        logging.getLogger(__name__).info(
+            "base %r: commit %s; pin it with `revision:` below `base:`", source, fetched.commit
+        )
+    _check_weights_exist(source, fetched.folder)
+    model = _load_model(source, fetched.folder, chosen_device, chosen_dtype).eval().requires_grad_(False)
+    return LoadedBase(model, tokenizer, source, fetched.commit, hash_weights(fetched.folder))
 
 
 def load_tokenizer(source: str, *, revision: str | None = None) -> Any:
@@ -72,7 +72,10 @@ def load_tokenizer(source: str, *, revision: str | None = None) -> Any:
     """
     if is_dummy(source):
         return make_tokenizer(source)
-    folder = _fetch_folder(source, revision, _TEXT_FILES)
+    return _read_tokenizer(source, _fetch(source, revision).folder)
+
+
+def _read_tokenizer(source: str, folder: Path) -> Any:
     if not any(
         (folder / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
     ):
@@ -80,7 +83,7 @@ def load_tokenizer(source: str, *, revision: str | None = None) -> Any:
             f"base {source!r}: no tokenizer in {folder}. Save it there with tokenizer.save_pretrained."
         )
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(
             f"base {source!r}: its tokenizer cannot be read: {_first_line(error)}. "
@@ -103,7 +106,7 @@ def read_context(source: str, *, revision: str | None = None) -> int | None:
     """
     if is_dummy(source):
         return architecture(source).max_position_embeddings
-    config = _read_model_config(source, _fetch_folder(source, revision, _TEXT_FILES))
+    config = _read_model_config(source, _fetch(source, revision).folder)
     return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
@@ -115,13 +118,13 @@ def load_shapes(source: str, *, revision: str | None = None) -> nn.Module:
     """
     if is_dummy(source):
         return make_shapes(source)
-    folder = _fetch_folder(source, revision, _TEXT_FILES)
+    folder = _fetch(source, revision).folder
     config = _read_model_config(source, folder)
     if Path(source).is_dir():  # the hub's weights are not fetched yet
         _check_weights_exist(source, folder)
     try:
         with torch.device("meta"):
-            model: nn.Module = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+            model: nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=False)  # type: ignore[no-untyped-call]
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(
             f"base {source!r}: its config.json describes no causal language model: {_first_line(error)}. "
@@ -163,36 +166,19 @@ def choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
 
 def hash_weights(folder: Path) -> str | None:
     """Hash the sorted SHA-256 of a folder's safetensors files; None where there is none."""
-    hashes = sorted(sha256_file(path) for path in folder.glob("*.safetensors"))
+    hashes = sorted(hash_file(path) for path in folder.glob("*.safetensors"))
     return sha256("".join(hashes).encode()).hexdigest() if hashes else None
 
 
-def _fetch_folder(source: str, revision: str | None, patterns: list[str]) -> Path:
-    """Return the local folder of a source, downloading the named files (top level only) of a hub id."""
-    if Path(source).is_dir():
-        return Path(source)
-    if not _BASE_HUB_ID.fullmatch(source):
-        raise InputError(
-            f"base {source!r}: there is no such folder. Expected a folder or a hub id (org/name)."
-        )
-    try:
-        return Path(
-            snapshot_download(
-                source, revision=revision, allow_patterns=patterns, ignore_patterns=["*/*", "consolidated*"]
-            )
-        )
-    except (OSError, HFValidationError) as error:  # hub and connection errors are OSErrors
-        raise InputError(
-            f"base {source!r}: no such folder, and the hub does not give it: {_first_line(error)}. "
-            "Check the name, the revision and the connection; set HF_TOKEN for a gated model."
-        ) from error
+def _fetch(source: str, revision: str | None, *, weights: bool = False) -> Fetched:
+    return fetch(source, revision, TEXT_FILES + (WEIGHT_FILES if weights else ()), f"base {source!r}")
 
 
 def _read_model_config(source: str, folder: Path) -> Any:
     if not (folder / "config.json").is_file():
         raise InputError(f"base {source!r}: no config.json in {folder}. Save the model with save_pretrained.")
     try:
-        return AutoConfig.from_pretrained(folder)
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(
             f"base {source!r}: its config.json cannot be read: {_first_line(error)}. "
@@ -212,7 +198,12 @@ def _load_model(source: str, folder: Path, device: torch.device, dtype: torch.dt
     """Load weight by weight from the mapped files to the device: the host never holds the model."""
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, device_map={"": device}, use_safetensors=True, output_loading_info=True
+            folder,
+            dtype=dtype,
+            device_map={"": device},
+            use_safetensors=True,
+            output_loading_info=True,
+            trust_remote_code=False,
         )
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
         raise InputError(
@@ -227,11 +218,6 @@ def _load_model(source: str, folder: Path, device: torch.device, dtype: torch.dt
             "Download it again or save it anew."
         )
     return model  # type: ignore[no-any-return]
-
-
-def _commit_of(folder: Path) -> str | None:
-    """Return the commit, which is the folder's name in the hub's cache, or None for other folders."""
-    return folder.name if folder.parent.name == "snapshots" else None
 
 
 def _first_line(error: BaseException) -> str:

@@ -102,6 +102,8 @@ class SearchConfig(ConfigSection):
 
     base: BaseConfig
     adapters: tuple[AdapterConfig, ...]
+    adapters_missing: Literal["error", "skip"] = "error"
+    """What to do where the hub has no such adapter or revision: refuse, or merge without it and name it."""
     device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")] = "auto"
     search: SearchSettings = SearchSettings()
     prompts: PromptSettings = PromptSettings()

@@ -4,6 +4,7 @@ Knows weights and where they are from; not prompts, losses or the search.
 """
 
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import sha256
@@ -11,9 +12,12 @@ from typing import Any
 
 import torch
 
-from search.adapters import Adapter, check_adapter
+from search.adapters import Adapter, check_adapter, load_adapter
 from search.base import LoadedBase
+from search.config import SearchConfig
+from search.errors import InputError
 from search.groups import GroupKind, Groups, group_modules
+from search.hub import MissingOnHubError
 from search.stack import StackedFactors, stack_adapters
 
 
@@ -41,6 +45,33 @@ class Parts:
     def shape(self) -> tuple[int, int]:
         """(n_groups, n_adapters), the shape of one merge's coefficients."""
         return len(self.groups.names), len(self.adapters)
+
+
+def load_adapters(config: SearchConfig) -> tuple[list[Adapter], dict[str, str]]:
+    """Load the configured adapters.
+
+    Returns:
+        The adapters, and the name of each that the hub does not have with the reason, where the config skips
+        such adapters.
+
+    Raises:
+        InputError: for one that is not there or damaged, or where none is left.
+    """
+    adapters: list[Adapter] = []
+    missing: dict[str, str] = {}
+    for a in config.adapters:
+        try:
+            adapters.append(
+                load_adapter(a.source, revision=a.revision, name=a.name, allow_pickle=a.allow_pickle)
+            )
+        except MissingOnHubError as error:
+            if config.adapters_missing == "error":
+                raise InputError(f"{error} Or set `adapters_missing: skip` to merge without it.") from error
+            missing[a.name] = str(error)
+            logging.getLogger(__name__).warning("left out of the merge: %s", error)
+    if not adapters:
+        raise InputError(f"no adapter is left; the first: {next(iter(missing.values()))}")
+    return adapters, missing
 
 
 def assemble_parts(

@@ -15,8 +15,9 @@ from search.trace import EventKey, Trace, event_key
 
 _REPEATED = {"out_of_memory", "interrupt", "resumed"}
 _ENDINGS = {"search_ended", "refined", "finalists_skipped", "finalists", "merged"}
-_PLACES = {"source", "name", "about", "prior"}
-"""Settings that say where weights lie or what they are called: their hashes are compared instead."""
+_PLACES = {"source", "name", "about", "prior", "adapters_missing"}
+"""Settings that say where weights lie, what they are called or whether they may be missing: which weights are
+there, and their hashes, is compared instead."""
 
 
 @dataclass(frozen=True, slots=True)

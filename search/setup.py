@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from search.adapters import Adapter, load_adapter
+from search.adapters import Adapter
 from search.balance import balanced_coefficients, find_misfits, relative_norms, update_products
 from search.base import LoadedBase, load_base
 from search.config import AdapterConfig, SearchConfig, config_hash
@@ -19,7 +19,7 @@ from search.errors import InputError
 from search.evaluate import Scoring
 from search.files import sha256_file
 from search.objective import Objective, objective_label
-from search.parts import Parts, assemble_parts, identify_parts
+from search.parts import Parts, assemble_parts, identify_parts, load_adapters
 from search.planning import choose_optimizer, finest_grouping, plan_stages
 from search.plugin import load_objective
 from search.priors import NeutralStart, PriorStart, load_prior, start_from_prior
@@ -134,19 +134,16 @@ def load_setup(
         InputError: for weights, files or settings that do not fit.
     """
     objective = objective or load_objective(config.objective.name)
-    adapters = [
-        load_adapter(a.source, revision=a.revision, name=a.name, allow_pickle=a.allow_pickle)
-        for a in config.adapters
-    ]
+    adapters, missing = load_adapters(config)
     base = base or load_base(
         config.base.source, revision=config.base.revision, device=config.device, dtype=config.base.dtype
     )
     parts = _assemble(base, adapters, config)
-    if left_out := _find_misfits(parts, config.search.max_relative_norm):
-        parts = _assemble(base, [a for a in parts.adapters if a.name not in left_out], config)
+    if misfits := _find_misfits(parts, config.search.max_relative_norm):
+        parts = _assemble(base, [a for a in parts.adapters if a.name not in misfits], config)
     balanced = balanced_coefficients(update_products(parts.stacked))
     first, prior = _choose_start(config, parts, balanced)
-    setup = Setup(config, parts, objective, first, prior, balanced, left_out)
+    setup = Setup(config, parts, objective, first, prior, balanced, {**missing, **misfits})
     _check_optimizer(setup)
     return setup
 

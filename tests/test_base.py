@@ -17,7 +17,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from search import base
+from search import base, hub
 from search.base import choose_device, choose_dtype, hash_weights, load_base, load_tokenizer, read_context
 from search.errors import InputError
 from tests.toys import N_VOCAB
@@ -120,18 +120,21 @@ def test_a_hub_error_is_one_line(monkeypatch):
     def fail(*args, **kwargs):
         raise LocalEntryNotFoundError("Cannot find the requested files.\nMore about it.")
 
-    monkeypatch.setattr(base, "snapshot_download", fail)
+    monkeypatch.setattr(hub, "snapshot_download", fail)
     message = refusal("org/name")
-    assert "does not give it: Cannot find the requested files." in message
-    assert "HF_TOKEN" in message
+    assert "not or not wholly in the cache" in message
+    assert "Unset HF_HUB_OFFLINE" in message
 
 
 def test_the_commit_of_a_hub_download_is_kept(monkeypatch, tmp_path):
     folder = save_toy_base(tmp_path / "models--org--name" / "snapshots" / "c0ffee", context=128)
     asked = []
-    monkeypatch.setattr(base, "snapshot_download", lambda source, **kw: asked.append((source, kw)) or folder)
+    monkeypatch.setattr(hub, "snapshot_download", lambda source, **kw: asked.append((source, kw)) or folder)
     assert load_base("org/name", revision="main").revision == "c0ffee"
-    assert {(source, kw["revision"]) for source, kw in asked} == {("org/name", "main")}
+    assert {(source, kw["revision"]) for source, kw in asked} == {
+        ("org/name", "main"),
+        ("org/name", "c0ffee"),
+    }
 
 
 def test_missing_parts_are_named(tmp_path):

@@ -24,7 +24,7 @@ LAYERS = (
         "workspace",
     },
     {"files", "locate", "objective", "sampling", "skeleton", "space", "trace", "yaml_input"},
-    {"dummy"},
+    {"dummy", "hub"},
     {"adapters", "archive", "base", "finalists", "gradient", "movement", "optimizer", "plugin", "priors"}
     | {"racing", "report", "settings", "tables"},
     {"config", "figures", "figures_genomes", "finding", "loop", "prior_learning", "recorded", "stack"},

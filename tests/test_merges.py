@@ -2,6 +2,7 @@
 
 import copy
 import os
+import re
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
@@ -219,6 +220,16 @@ def test_the_competitions_configuration_names_its_adapters():
     assert (config.base.source, config.base.revision) == (BASE_MODEL_NAME, BASE_MODEL_REVISION_ID)
     assert config.search.time_box_s < 3600
     assert all(a.about and "unverified" in a.about for a in config.adapters)
+    assert config.adapters_missing == "error"
+    skeletons = [skeleton for a in config.adapters for skeleton in a.skeletons]
+    assert all(1 <= len(a.skeletons) <= 3 for a in config.adapters)
+    assert len(set(skeletons)) == len(skeletons)
+    for skeleton in skeletons:  # an instruction, headed fields, a cue
+        instruction, *fields, cue = skeleton.split("\n\n### ")
+        assert instruction.endswith((".", "?"))
+        assert "{" not in instruction + cue
+        assert cue.endswith(":")
+        assert all(re.fullmatch(r"[A-Z][\w ]*:\{\w+\}", field) for field in fields)
 
 
 def test_methods_are_named_as_on_the_command_line():

@@ -360,6 +360,7 @@ def test_a_setting_goes_before_what_follows_from_it(path):
         (("base", "id"), "elsewhere/base"),
         (("config", "adapters", 0, "about"), "says hello"),
         (("config", "search", "prior"), "moved.json"),
+        (("config", "adapters_missing"), "skip"),
         (("config_sha256",), "d" * 64),
         (("prior",), None),
     ],

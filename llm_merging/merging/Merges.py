@@ -20,7 +20,7 @@ from search.base import LoadedBase, choose_device, load_base, load_shapes, load_
 from search.config import SearchConfig, load_config
 from search.errors import InputError
 from search.files import atomic_write
-from search.parts import identify_base
+from search.parts import identify_base, load_adapters
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 COMPETITION_CONFIG = REPOSITORY / "configs" / "mistral-7b.yaml"
@@ -133,11 +133,8 @@ class Merges:
             self.loaded_configs[name] = PeftConfig.from_pretrained(name, revision=revision)
 
     def _load_adapters(self) -> list[Adapter]:
-        """Load the configured adapters, checked and ready to be merged."""
-        return [
-            load_adapter(a.source, revision=a.revision, name=a.name, allow_pickle=a.allow_pickle)
-            for a in self.config.adapters
-        ]
+        """Load the configured adapters, checked and ready to be merged; without those that may be missing."""
+        return load_adapters(self.config)[0]
 
     def _load_everything(self) -> list[Adapter]:
         """Load base, tokenizer and adapters; an adapter that does not fit the base is an InputError."""

@@ -4,6 +4,7 @@ Knows nothing of search; all but the coefficient is task arithmetic's.
 """
 
 from llm_merging.merging.task_arithmetic import TaskArithmetic
+from search.adapters import Adapter
 from search.config import SearchConfig
 
 
@@ -13,3 +14,8 @@ class UniformAverage(TaskArithmetic):
     def __init__(self, name: str, config: SearchConfig | None = None) -> None:
         super().__init__(name, config)
         self.scale = 1 / len(self.config.adapters)
+
+    def _load_everything(self) -> list[Adapter]:
+        adapters = super()._load_everything()
+        self.scale = 1 / len(adapters)  # the config may list some that the hub does not have
+        return adapters
