@@ -24,8 +24,19 @@ LAYERS = (
         "transforms",
         "workspace",
     },
-    {"files", "locate", "objective", "sampling", "skeleton", "space", "trace", "yaml_input"},
-    {"dummy", "plain_cma"},
+    {
+        "files",
+        "import_block",
+        "locate",
+        "objective",
+        "sampling",
+        "skeleton",
+        "sources",
+        "space",
+        "trace",
+        "yaml_input",
+    },
+    {"dummy", "plain_cma", "sources"},
     {"adapters", "archive", "base", "finalists", "gradient", "movement", "optimizer", "plugin", "priors"}
     | {"racing", "report", "settings", "tables"},
     {"config", "figures", "figures_genomes", "finding", "loop", "prior_learning", "recorded", "stack"},
@@ -39,8 +50,9 @@ LAYERS = (
     {"steering"},
     {"ending", "setup"},
     {"outcome", "steps", "trial"},
-    {"footprint", "phases"},
-    {"doctor", "run"},
+    {"footprint", "phases", "stand_ins"},
+    {"doctor", "run", "submission"},
+    {"bundle"},
     {"__init__", "__main__"},
 )
 """A file of search/ imports only from layers above its own here."""
