@@ -50,7 +50,7 @@ class Compiler:
                 try:
                     with torch._dynamo.config.patch(recompile_limit=_RECOMPILE_LIMIT):
                         return compiled(*args, **kwargs)
-                except torch.OutOfMemoryError:
+                except torch.cuda.OutOfMemoryError:
                     raise
                 except RuntimeError as error:  # all that torch raises when it cannot compile is one
                     result = function(*args, **kwargs)  # raises what is not the compiler's fault

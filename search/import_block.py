@@ -5,6 +5,7 @@ Knows import statements and the standard library's names; not what is imported.
 
 import re
 import sys
+import textwrap
 from collections import defaultdict
 from collections.abc import Iterable
 
@@ -13,6 +14,12 @@ from search.errors import InputError
 BUNDLE_WIDTH = 110
 NEWER = {"Self"}
 """Names of `typing` that Python 3.10 lacks: only annotations have them, which are not evaluated."""
+
+REFUSING = """try:
+{}
+except ImportError as error:
+    raise SystemExit(f"error: MyMerge.py needs {{error.name or error}}: install it") from error"""
+"""Around imports that nothing goes without."""
 
 
 def join_imports(lines: Iterable[str], tried: Iterable[str], kit_import: str) -> str:
@@ -31,11 +38,8 @@ def join_imports(lines: Iterable[str], tried: Iterable[str], kit_import: str) ->
     members["typing"] -= NEWER
     if late:
         members["typing"].add("TYPE_CHECKING")
-    blocks = [
-        _write(modules, members, is_standard=True),
-        _write(modules, members, is_standard=False),
-        kit_import,
-    ]
+    needed = "\n\n".join([_write(modules, members, is_standard=False), kit_import])
+    blocks = [_write(modules, members, is_standard=True), REFUSING.format(textwrap.indent(needed, " " * 4))]
     blocks += sorted(set(tried))
     if late:
         blocks.append(f"if TYPE_CHECKING:\n    from typing import {', '.join(sorted(late))}")

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from search.adapters import Adapter, _check_settings, _pair_factors
-from search.base import LoadedBase, choose_dtype
+from search.base import LoadedBase
 from search.groups import Groups
 from search.optimizer import find_library
 from search.phases import Later, Phases, Shared
@@ -174,5 +174,7 @@ def _make_measure(
 
 def ready_base(model: nn.Module, device: str) -> nn.Module:
     """Put the kit's base model on its device, in the type that search and answers use, in eval mode."""
-    place = torch.device(device)
-    return model.to(place, choose_dtype("auto", place)).eval().requires_grad_(False)
+    place, dtype = torch.device(device), torch.float32
+    if place.type == "cuda":
+        dtype = torch.bfloat16 if torch.cuda.get_device_capability(place) >= (8, 0) else torch.float16
+    return model.to(place, dtype).eval().requires_grad_(False)

@@ -17,6 +17,7 @@ from search.bundle import format_literal, write_bundle
 from search.config import load_config
 from search.errors import InputError
 from search.run import run_search
+from search.trace import Trace
 from tests.test_merges import save_toy_zoo
 
 ROOT = Path(__file__).parents[1]
@@ -24,11 +25,21 @@ QUICK = (
     "device=cpu",
     *("prompts.per_adapter=2", "prompts.unseen_per_adapter=2", "prompts.max_new_tokens=8"),
     *("search.max_evaluations=24", "search.n_candidates=8", "search.n_finalists=3"),
-    *("objective.weak_signal_nats=0", "search.gradient.refine_steps=2", "search.space=layer"),
+    *("objective.weak_signal_nats=100", "search.gradient.refine_steps=2", "search.space=layer"),
 )
+"""All adapters are near the balanced merge: no single expert wins, something that was found does."""
+PINNED = ("transformers==4.47.1", "peft==0.10.0", "numpy==1.26.4", "safetensors==0.4.5", "accelerate==1.0.1")
+PINNED_TOO = ("tokenizers==0.21.0", "huggingface_hub==0.27.1")
+"""What transformers 4.47.1 wants; all else, torch among it, is this environment's."""
+OLD_KEYS = (
+    *("peft_type", "task_type", "base_model_name_or_path", "r", "lora_alpha", "rank_pattern", "bias"),
+    *("alpha_pattern", "target_modules", "use_rslora", "use_dora", "init_lora_weights", "inference_mode"),
+)
+"""Of adapter_config.json, what PEFT 0.10 knows, as it knows the competition's own."""
 REPORT = """
 import json, sys
-sys.modules["search"] = None  # cannot be imported
+for name in ["search", *MISSING]:
+    sys.modules[name] = None  # cannot be imported
 from llm_merging.merging.MyMerge import MyMerge
 method = MyMerge("my_merge")
 method.merge()
@@ -62,26 +73,89 @@ def make_kit(folder, zoo, text, empty=None):
     return folder
 
 
-def run_in(kit, *arguments):
+def run_in(kit, *arguments, python=sys.executable):
     kept = {key: os.environ[key] for key in ("PATH", "HOME", "LD_LIBRARY_PATH") if key in os.environ}
     environment = {**kept, "PYTHONPATH": ".", "HF_AUTH_TOKEN": "none", "HF_HUB_OFFLINE": "1"}
     environment["OMP_NUM_THREADS"] = "1"
     return subprocess.run(
-        [sys.executable, *arguments], cwd=kit, env=environment, capture_output=True, text=True, timeout=300
+        [python, *arguments], cwd=kit, env=environment, capture_output=True, text=True, timeout=300
     )
 
 
-@pytest.mark.slow
+def report(missing=()):
+    return f"MISSING = {list(missing)}\n{REPORT}"
+
+
 def test_it_finds_the_coefficients_of_the_unbundled_run_without_search(zoo, text, tmp_path):
     kit = make_kit(tmp_path / "kit", zoo, text)
-    done = run_in(kit, "-c", REPORT)
+    done = run_in(kit, "-c", report())
     assert done.returncode == 0, done.stderr
     assert "the search is by nevergrad" in done.stderr
     result = run_search(load_config(zoo, QUICK), output=tmp_path / "out")
+    assert np.count_nonzero(result.coefficients) > len(result.coefficients)  # no single expert
     np.testing.assert_array_equal(json.loads((kit / "found.json").read_text()), result.coefficients)
     lines = [json.loads(line) for line in (kit / "output/my_merge/trace.jsonl").read_text().splitlines()]
     assert lines[0]["optimizer_library"] == "nevergrad"
-    assert sum(line["kind"] == "generation" for line in lines) == 3
+    genomes = [line["genomes"] for line in lines if line["kind"] == "generation"]
+    trace = Trace.load(tmp_path / "out/trace.jsonl")
+    np.testing.assert_array_equal(genomes, [generation.genomes for generation in trace.generations])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("missing", "library"), [(["nevergrad"], "pycma"), (["nevergrad", "cma"], "built-in")]
+)
+def test_without_nevergrad_another_optimizer_searches(zoo, text, tmp_path, missing, library):
+    kit = make_kit(tmp_path / "kit", zoo, text)
+    done = run_in(kit, "-c", report(missing))
+    assert done.returncode == 0, done.stderr
+    assert f"the search is by {library}" in done.stderr
+    header = json.loads((kit / "output/my_merge/trace.jsonl").read_text().splitlines()[0])
+    assert header["optimizer_library"] == library
+
+
+def test_a_library_that_is_missing_is_named_in_one_line(zoo, text, tmp_path):
+    kit = make_kit(tmp_path / "kit", zoo, text)
+    done = run_in(kit, "-c", report(["peft", "safetensors"]))
+    assert done.returncode != 0
+    assert "error: MyMerge.py needs" in done.stderr.splitlines()[-1]
+
+
+@pytest.fixture(scope="module")
+def pinned(tmp_path_factory):
+    """Python with the competition's own libraries, as far as they can be had here."""
+    folder = tmp_path_factory.mktemp("pinned")
+    subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
+    python = folder / "bin/python"
+    order = [python, "-m", "pip", "install", "-q", "--no-deps", *PINNED, *PINNED_TOO]
+    fetched = [subprocess.run(order), subprocess.run([python, "-m", "pip", "install", "-q", "requests"])]
+    if any(done.returncode for done in fetched):
+        pytest.skip("the pinned libraries cannot be fetched here")
+    rest = Path(np.__file__).parents[1]
+    next(folder.glob("lib/python*/site-packages")).joinpath("rest.pth").write_text(str(rest))
+    return python
+
+
+@pytest.mark.slow
+@pytest.mark.network
+def test_it_finds_the_same_with_the_competitions_libraries(zoo, pinned, text, tmp_path):
+    old = tmp_path / "zoo" / "zoo.yaml"
+    shutil.copytree(zoo.parent, old.parent)
+    for path in old.parent.rglob("adapter_config.json"):
+        content = json.loads(path.read_text())
+        content["base_model_name_or_path"] = str(old.parent / "base")
+        path.write_text(json.dumps({key: content[key] for key in OLD_KEYS if key in content}))
+    path = old.parent / "base/tokenizer_config.json"
+    path.write_text(
+        json.dumps({**json.loads(path.read_text()), "tokenizer_class": "PreTrainedTokenizerFast"})
+    )
+    found = []
+    for name, python in (("new", sys.executable), ("old", pinned)):
+        kit = make_kit(tmp_path / name, old, text)
+        done = run_in(kit, "-c", report(), python=python)
+        assert done.returncode == 0, done.stderr
+        found.append(json.loads((kit / "found.json").read_text()))
+    np.testing.assert_allclose(found[1], found[0], atol=1e-3)
 
 
 @pytest.mark.slow
