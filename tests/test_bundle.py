@@ -177,7 +177,7 @@ def test_the_kits_main_merges_saves_and_answers_and_does_without_a_trace(zoo, te
 
 def test_the_file_is_plain_and_the_same_each_time(zoo, text):
     assert text == write_bundle(load_config(zoo, QUICK), queries_ahead=2)
-    tree = ast.parse(text)
+    tree = ast.parse(text, feature_version=(3, 10))
     modules = [n.module or "" for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)]
     assert not any(module.split(".")[0] == "search" for module in modules)
     called = {n.func.id for n in ast.walk(tree) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)}
