@@ -26,6 +26,8 @@ def compiling_pays(model: Any, n_forwards: float) -> bool:
     """Say whether so many forward passes are worth compiling for: on a GPU, and for a model of some size."""
     if model.device.type != "cuda" or n_forwards < FEWEST_FORWARDS:
         return False
+    if not hasattr(torch.library, "custom_op"):  # torch before 2.4 compiles no in-place operator of ours
+        return False
     n_parameters: int = sum(parameter.numel() for parameter in model.parameters())
     return n_parameters >= FEWEST_PARAMETERS
 

@@ -3,7 +3,7 @@
 Knows stacks, groups and modules by name; not prompts, losses or candidates.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -107,7 +107,18 @@ def _split_groups(stacked: StackedFactors, coefficients: Tensor) -> list[tuple[T
     ]
 
 
-@torch.library.custom_op("concord::add_product_", mutates_args={"output"})
+HAS_CUSTOM_OPS = hasattr(torch.library, "custom_op")
+"""Not before torch 2.4, where nothing is compiled."""
+
+
+def _custom_op(name: str, mutated: str, schema: str) -> Callable[[Any], Any]:
+    """Have a compiler take a function as one operation; the schema, since annotations may be unevaluated."""
+    if HAS_CUSTOM_OPS:
+        return torch.library.custom_op(name, mutates_args={mutated}, schema=schema)
+    return lambda function: function
+
+
+@_custom_op("concord::add_product_", "output", "(Tensor(a!) output, Tensor hidden, Tensor B) -> ()")
 def _add_product_(output: Tensor, hidden: Tensor, B: Tensor) -> None:
     """Add hidden (..., total_rank) @ B.T to output (..., d_out) in place; B is (d_out, total_rank).
 
@@ -137,7 +148,7 @@ class MixedLinear(nn.Module):
                 f"with n_rows = {n_rows}: one row of the batch for each row of the coefficients"
             )
         output: Tensor = self.layer(x)
-        compiling = torch.compiler.is_compiling()
+        compiling = HAS_CUSTOM_OPS and torch.compiler.is_compiling()
         if not compiling and self.idle:
             return output
         c = self.coefficients[:, self.module.owner]  # (n_rows, total_rank)
