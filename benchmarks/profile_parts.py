@@ -16,7 +16,8 @@ from benchmarks.bench_search_step import OBJECTIVE, StepScene
 from benchmarks.speed_scene import ALL_SEVEN
 from search.compiled import pad_to, row_sizes
 from search.experts import scored_logits
-from search.optimizer import MIN_POPULATION, BatchOptimizer
+from search.optimizer import BatchOptimizer
+from search.plain_cma import MIN_POPULATION
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""The command: `python -m search run | resume | priors | merge | report | doctor`.
+"""The command: `python -m search run | resume | priors | merge | report | doctor | bundle`.
 
 Knows arguments, exit codes (0 done, 1 failed, 2 bad input, 130 interrupted) and what is printed: one line of
 JSON on stdout at the end, everything else on stderr.
@@ -19,11 +19,13 @@ from typing import Any, NoReturn
 
 from transformers.utils import logging as transformers_logging
 
+from search.bundle import QUERIES_AHEAD, write_bundle
 from search.config import SearchConfig, load_config, rebuild_config
 from search.diagnosis_text import describe_diagnosis, diagnosis_document
 from search.doctor import examine
 from search.errors import InputError
 from search.export import export_merge
+from search.files import atomic_write
 from search.prior_learning import learn_prior
 from search.priors import save_prior
 from search.recorded import TRACE_FILE
@@ -119,6 +121,7 @@ def _add_searches(add: Callable[..., Any]) -> None:
             metavar="section.key=value",
             help="settings that replace the file's",
         )
+    _add_bundle(add)
     resume = add(
         "resume",
         resume_command,
@@ -126,6 +129,26 @@ def _add_searches(add: Callable[..., Any]) -> None:
         "resume output/seed1",
     )
     resume.add_argument("folder", type=Path, metavar="DIR", help="that holds trace.jsonl")
+
+
+def _add_bundle(add: Callable[..., Any]) -> None:
+    bundle = add(
+        "bundle",
+        bundle_command,
+        "write a run as one Python file for the competition's kit",
+        "bundle configs/mistral-7b.yaml -o MyMerge.py",
+    )
+    default = Path("configs/mistral-7b.yaml")
+    bundle.add_argument("config", type=Path, nargs="?", default=default, metavar="CONFIG", help=str(default))
+    bundle.add_argument("-o", dest="output", type=Path, required=True, metavar="FILE")
+    bundle.add_argument("--prior", type=Path, metavar="FILE", help="of `priors`, known by adapters' names")
+    bundle.add_argument(
+        "--queries-ahead",
+        type=int,
+        default=QUERIES_AHEAD,
+        metavar="N",
+        help="queries that time is left for, answered one at a time after the merge; default: %(default)s",
+    )
 
 
 def _add_readers(add: Callable[..., Any]) -> None:
@@ -165,6 +188,14 @@ def run_command(arguments: argparse.Namespace) -> Outcome:
     """Run one search, or go on with it."""
     config = load_config(arguments.config, arguments.overrides)
     return _search(config, arguments.out or Path("output/search") / arguments.config.stem)
+
+
+def bundle_command(arguments: argparse.Namespace) -> Outcome:
+    """Write a submission."""
+    text = write_bundle(load_config(arguments.config), arguments.prior, arguments.queries_ahead)
+    with atomic_write(arguments.output) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    return {"output": str(arguments.output), "lines": len(text.splitlines())}, 0
 
 
 def resume_command(arguments: argparse.Namespace) -> Outcome:

@@ -26,6 +26,8 @@ def compiling_pays(model: Any, n_forwards: float) -> bool:
     """Say whether so many forward passes are worth compiling for: on a GPU, and for a model of some size."""
     if model.device.type != "cuda" or n_forwards < FEWEST_FORWARDS:
         return False
+    if not hasattr(torch.library, "custom_op"):  # torch before 2.4 compiles no in-place operator of ours
+        return False
     n_parameters: int = sum(parameter.numel() for parameter in model.parameters())
     return n_parameters >= FEWEST_PARAMETERS
 
@@ -50,7 +52,7 @@ class Compiler:
                 try:
                     with torch._dynamo.config.patch(recompile_limit=_RECOMPILE_LIMIT):
                         return compiled(*args, **kwargs)
-                except torch.OutOfMemoryError:
+                except torch.cuda.OutOfMemoryError:
                     raise
                 except RuntimeError as error:  # all that torch raises when it cannot compile is one
                     result = function(*args, **kwargs)  # raises what is not the compiler's fault

@@ -26,8 +26,8 @@ from search.ending import estimate_finalists_s
 from search.errors import InputError
 from search.footprint import foresee_memory
 from search.forecast import SearchPlan, Timetable, forecast_search, race_seconds
-from search.optimizer import DIAGONAL_ABOVE
 from search.parts import Parts, identify_parts
+from search.plain_cma import DIAGONAL_ABOVE
 from search.planning import list_spaces
 from search.racing import plan_race
 from search.setup import Setup, load_setup

@@ -26,6 +26,7 @@ from search.memory import (
 from search.objective import disagreement, entropy, sum_by_index
 from search.population import population, send
 from search.prompts import PromptSet
+from search.sampling import takes_logits_to_keep
 from search.stack import StackedFactors, at_least_float32
 
 AT_ONCE = {"cpu": 2**17, "cuda": 2**25}
@@ -94,7 +95,7 @@ class TokenBudget:
         rows = densest_rows(lengths, n_scored, MEASURED_TOKENS)
         try:
             peak_bytes = measure_peak(device, lambda: step(rows))
-        except torch.OutOfMemoryError:  # some rows did not fit: one is tried when its turn comes
+        except torch.cuda.OutOfMemoryError:  # some rows did not fit: one is tried when its turn comes
             self.tokens_per_forward, self.by_memory = 1, False
             return
         self.bytes_per_token = peak_bytes / sum(lengths[row] for row in rows)
@@ -154,12 +155,12 @@ def scored_logits(
     positions = torch.tensor([position for row in rows for position in prompts.scored[row]])
     columns, column_of = torch.unique(positions, return_inverse=True)
     row_of = torch.repeat_interleave(torch.tensor([len(prompts.scored[row]) for row in rows]))
+    inputs = {"input_ids": send(ids, model.device), "use_cache": False}
+    if takes_logits_to_keep(model):
+        inputs["logits_to_keep"] = send(columns, model.device)
+    else:
+        column_of = positions
     places = send(row_of, model.device), send(column_of, model.device)
-    inputs = {
-        "input_ids": send(ids, model.device),
-        "logits_to_keep": send(columns, model.device),
-        "use_cache": False,
-    }
     head = model.get_output_embeddings()
     if not isinstance(head, nn.Linear):
         return _logits_of(model, inputs, weights)[places]

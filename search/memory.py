@@ -192,7 +192,7 @@ def fits_in_memory(step: Callable[[list[int]], None], rows: list[int]) -> bool:
     """
     try:
         step(rows)
-    except torch.OutOfMemoryError:
+    except torch.cuda.OutOfMemoryError:
         if len(rows) == 1:
             raise
         return False  # outside the except block the failed step's tensors are free

@@ -1,41 +1,77 @@
-"""Nevergrad behind a batch ask/tell, without its traps; the only file that imports it.
+"""Nevergrad behind a batch ask/tell, without its traps; without it pycma, and without that our own CMA.
 
-Knows vectors and losses; not coefficients, models, the trace or time.
+Knows vectors and losses; not coefficients, models, the trace or time. Optimisers are chosen here alone.
 """
 
 import warnings
 from difflib import get_close_matches
 from typing import Any
 
-import nevergrad as ng
 import numpy as np
-from cma.sigma_adaptation import CMAAdaptSigmaTPA  # type: ignore[import-untyped]
 from numpy.typing import ArrayLike
 
 from search.errors import InputError
+from search.plain_cma import (
+    DIAGONAL_ABOVE,
+    MIN_POPULATION,
+    PYCMA_OPTIONS,
+    OptimizerLibrary,
+    PlainCMA,
+    has_pycma,
+    refuse_few,
+)
 from search.space import FloatArray
 
-DIAGONAL_ABOVE = 100
-"""More parameters than this, and CMA learns a diagonal covariance: a full one takes too many samples."""
+try:
+    import nevergrad as ng
+except ImportError:
+    ng = None
 
-MIN_POPULATION = 4
-"""Candidates below which CMA fails on many parameters, and hardly learns on few."""
-PYCMA_OPTIONS = {
-    "AdaptSigma": CMAAdaptSigmaTPA,
-    "maxiter": np.inf,
-    "tolfacupx": np.inf,
-    "tolupsigma": np.inf,
-    "tolflatfitness": np.inf,
-    "tolconditioncov": 0,
-    "tolfun": 0,
-    "tolfunhist": 0,
-    "tolstagnation": 0,
-    "tolx": 0,
-    "tolxstagnation": False,
-}
-"""Two-point step size (Hansen 2008, arXiv:0805.0231): on quadratics of 60 to 240 parameters, after 125
-generations of 16 candidates, a third of the loss that pycma's default leaves; equal at 10. None of pycma's
-stopping rules: nevergrad answers a stop by silently starting over at the first point."""
+
+def find_library() -> OptimizerLibrary:
+    """Return what searches here: nevergrad, else pycma, else the separable CMA of our own."""
+    if ng is not None and has_pycma():
+        return "nevergrad"
+    return "pycma" if has_pycma() else "built-in"
+
+
+class _Nevergrad:
+    """An optimiser of nevergrad's, asked and told a generation at a time."""
+
+    def __init__(self, name: str, n_params: int, n_candidates: int, budget: int, seed: int) -> None:
+        parametrization = ng.p.Array(init=np.zeros(n_params)).set_mutation(sigma=1.0)
+        parametrization.random_state = np.random.RandomState(seed)
+        factory = _find_factory(name, n_params, n_candidates)
+        is_cma = isinstance(factory, ng.families.ParametrizedCMA)
+        self.takes_points = is_cma and not factory.config()["fcmaes"]
+        self._optimizer = factory(parametrization, budget=budget, num_workers=n_candidates)
+        self._n_candidates = n_candidates
+        self._candidates: list[Any] = []
+
+    def ask(self) -> FloatArray:
+        """Return points (n_candidates, n_params)."""
+        self._candidates = [self._optimizer.ask() for _ in range(self._n_candidates)]
+        return np.array([candidate.value for candidate in self._candidates])
+
+    def tell(self, points: FloatArray, losses: FloatArray) -> None:
+        """Learn from the generation that was asked for."""
+        for candidate, value in zip(self._candidates, losses.tolist(), strict=True):
+            self._optimizer.tell(candidate, value)
+
+    def inject(self, points: FloatArray) -> None:
+        """Put points (k, n_params) into the next generation."""
+        self._optimizer.es.inject(list(points), force=True)
+
+    @property
+    def strategy(self) -> Any:
+        """Pycma's object, None where there is another optimiser or nothing was asked yet."""
+        optimizer = getattr(self._optimizer, "optim", self._optimizer)  # what NGOpt and its like chose
+        strategy = getattr(optimizer, "_es", None)  # not `es`, which may start over
+        return strategy if hasattr(strategy, "stds") else None
+
+    def recommend(self) -> FloatArray:
+        """Return the point (n_params,) that it would choose."""
+        return np.array(self._optimizer.provide_recommendation().value)
 
 
 class BatchOptimizer:
@@ -52,7 +88,7 @@ class BatchOptimizer:
     A new one with the same seed, asked and told the same, repeats every genome: this is how a search resumes.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 (where to start, how far to look, and what looks)
         self,
         start: ArrayLike,
         spread: ArrayLike,
@@ -60,6 +96,7 @@ class BatchOptimizer:
         budget: int,
         seed: int,
         name: str = "CMA",
+        library: OptimizerLibrary | None = None,
     ) -> None:
         """Start from a point in a free (unbounded) space.
 
@@ -70,6 +107,7 @@ class BatchOptimizer:
             budget: evaluations in all, as some optimisers pace themselves by it.
             seed: of all randomness.
             name: "CMA", or a name in nevergrad's registry.
+            library: that computes CMA; the best that is installed when None.
 
         Raises:
             InputError: for an unknown name, or an optimiser that cannot work in such generations.
@@ -82,18 +120,19 @@ class BatchOptimizer:
             raise ValueError(f"spread {self._spread.tolist()}, expected finite numbers above 0")
         self._n_params = len(self._start)
         self._n_candidates = n_candidates
-        # with an idle coordinate where there is one alone: pycma does not search in one dimension
-        self._parametrization = ng.p.Array(init=np.zeros(max(2, self._n_params))).set_mutation(sigma=1.0)
-        self._parametrization.random_state = np.random.RandomState(seed)
         self._refusal = f"optimizer {name!r} cannot search {self._n_params} parameters by {n_candidates}"
-        factory = _find_factory(name, max(2, self._n_params), n_candidates)
-        is_cma = isinstance(factory, ng.families.ParametrizedCMA)
-        self._is_pycma = is_cma and not factory.config()["fcmaes"]
+        # with an idle coordinate where there is one alone: pycma does not search in one dimension
+        self._n_dimensions = max(2, self._n_params)
+        library = library or find_library()
         try:
-            self._optimizer = factory(self._parametrization, budget=budget, num_workers=n_candidates)
+            self._engine: _Nevergrad | PlainCMA = (
+                _Nevergrad(name, self._n_dimensions, n_candidates, budget, seed)
+                if library == "nevergrad"
+                else PlainCMA(name, library, self._n_dimensions, n_candidates, seed)
+            )
         except (ValueError, ImportError) as error:
             raise InputError(f"{self._refusal}: {error}; use CMA") from error
-        self._asked: list[Any] = []
+        self._asked: FloatArray = np.empty((0, self._n_dimensions))
         self._worst = np.nan
         self._has_learned = False
         self._last_spread: FloatArray = self._spread
@@ -104,7 +143,7 @@ class BatchOptimizer:
 
         Into the first only one: pycma would take two for a mirrored pair, and rescale them.
         """
-        if not self._is_pycma:
+        if not self._engine.takes_points:
             return 0
         room = self._n_candidates - MIN_POPULATION
         return room if self._has_learned else min(1, room)
@@ -120,20 +159,19 @@ class BatchOptimizer:
                 f"{self._refusal} with {len(genomes)} put in by gradient steps, at most {self.n_injectable} "
                 f"can be; use CMA, search.n_candidates above {MIN_POPULATION} or no gradient.inject_every"
             )
-        strategy: Any = self._optimizer.es
-        standardised = np.zeros((len(genomes), max(2, self._n_params)))
+        standardised = np.zeros((len(genomes), self._n_dimensions))
         standardised[:, : self._n_params] = (genomes - self._start) / self._spread
-        strategy.inject(list(standardised), force=True)
+        self._engine.inject(standardised)
 
     def ask(self) -> FloatArray:
         """Return the next genomes (n_candidates, n_params)."""
-        if self._asked:
+        if len(self._asked):
             raise RuntimeError(f"asked again before the losses of {len(self._asked)} genomes were told")
         try:
-            self._asked = [self._optimizer.ask() for _ in range(self._n_candidates)]
+            self._asked = self._engine.ask()
         except (RuntimeError, ImportError, TypeError) as error:
             raise InputError(f"{self._refusal}: {str(error).splitlines()[0]}; use CMA") from error
-        return np.array([self._to_genome(candidate.value) for candidate in self._asked])
+        return self._to_genome(self._asked)
 
     def tell(self, losses: ArrayLike) -> None:
         """Take the losses (n_candidates,) of the genomes last asked for, in their order.
@@ -145,7 +183,7 @@ class BatchOptimizer:
             InputError: when no loss has ever been finite.
         """
         values = np.array(losses, dtype=np.float64)
-        if values.shape != (len(self._asked),) or not self._asked:
+        if values.shape != (len(self._asked),) or not len(self._asked):
             raise ValueError(f"told losses of shape {values.shape} for {len(self._asked)} genomes asked for")
         finite = np.isfinite(values)
         worst = values[finite].max() if finite.any() else self._worst
@@ -156,40 +194,31 @@ class BatchOptimizer:
             )
         values[~finite] = worst
         self._worst = np.fmax(self._worst, worst)
-        asked = np.array([self._to_genome(candidate.value) for candidate in self._asked])
+        asked = self._to_genome(self._asked)
         self._last_spread = np.maximum(asked.std(axis=0), np.finfo(np.float64).tiny)
-        candidates, self._asked, self._has_learned = self._asked, [], True
+        points, self._asked, self._has_learned = self._asked, self._asked[:0], True
         kept_random = np.random.get_state()  # pycma draws from it where it checks itself
         with warnings.catch_warnings():
             # pycma does not recognise its own injected points after nevergrad's rounding, which does no harm
             warnings.filterwarnings("ignore", "orphanated injected solution")
             warnings.filterwarnings("ignore", "elements of z2")  # one far away, whose weight pycma limits
-            for candidate, value in zip(candidates, values.tolist(), strict=True):
-                self._optimizer.tell(candidate, value)
+            self._engine.tell(points, values)
         np.random.set_state(kept_random)
 
     def mean(self) -> FloatArray:
         """Return the mean (n_params,) of the search distribution, else the recommendation."""
-        strategy = self._find_strategy()
-        if strategy is not None:
-            return self._to_genome(np.array(strategy.mean))
-        return self._to_genome(self._optimizer.provide_recommendation().value)
+        strategy = self._engine.strategy
+        return self._to_genome(self._engine.recommend() if strategy is None else np.array(strategy.mean))
 
     def spread(self) -> FloatArray:
         """Return the standard deviations (n_params,) of the distribution, else of the last generation."""
-        strategy = self._find_strategy()
+        strategy = self._engine.strategy
         if strategy is not None:
             return np.array(strategy.stds, dtype=np.float64)[: self._n_params] * self._spread
         return self._last_spread
 
-    def _find_strategy(self) -> Any:
-        """Return pycma's object, None where there is another optimiser or nothing was asked yet."""
-        optimizer = getattr(self._optimizer, "optim", self._optimizer)  # what NGOpt and its like chose
-        strategy = getattr(optimizer, "_es", None)  # not `es`, which may start over
-        return strategy if hasattr(strategy, "stds") else None
-
     def _to_genome(self, value: FloatArray) -> FloatArray:
-        return self._start + self._spread * value[: self._n_params]
+        return self._start + self._spread * value[..., : self._n_params]
 
 
 def _find_factory(name: str, n_params: int, n_candidates: int) -> Any:
@@ -198,11 +227,7 @@ def _find_factory(name: str, n_params: int, n_candidates: int) -> Any:
     With another population they fail at 300 parameters or more,
     github.com/facebookresearch/nevergrad/issues/1690.
     """
-    if n_candidates < MIN_POPULATION and "CMA" in name:
-        raise InputError(
-            f"optimizer {name!r} needs at least {MIN_POPULATION} candidates a generation, "
-            f"found {n_candidates}; raise search.n_candidates or use OnePlusOne"
-        )
+    refuse_few(name, n_candidates)
     if name == "CMA":
         return ng.families.ParametrizedCMA(
             popsize=n_candidates, diagonal=n_params > DIAGONAL_ABOVE, inopts=PYCMA_OPTIONS

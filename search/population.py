@@ -3,7 +3,7 @@
 Knows stacks, groups and modules by name; not prompts, losses or candidates.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -108,7 +108,18 @@ def _split_groups(stacked: StackedFactors, coefficients: Tensor) -> list[tuple[T
     ]
 
 
-@torch.library.custom_op("concord::add_product_", mutates_args={"output"})
+HAS_CUSTOM_OPS = hasattr(torch.library, "custom_op")
+"""Not before torch 2.4, where nothing is compiled."""
+
+
+def _custom_op(name: str, mutated: str, schema: str) -> Callable[[Any], Any]:
+    """Have a compiler take a function as one operation; the schema, since annotations may be unevaluated."""
+    if HAS_CUSTOM_OPS:
+        return torch.library.custom_op(name, mutates_args={mutated}, schema=schema)
+    return lambda function: function
+
+
+@_custom_op("concord::add_product_", "output", "(Tensor(a!) output, Tensor x, Tensor weight) -> ()")
 def _add_product_(output: Tensor, x: Tensor, weight: Tensor) -> None:
     """Add x (..., d) @ weight.T to output (..., d_out) in place; weight is (d_out, d).
 
@@ -145,7 +156,7 @@ class MixedLinear(nn.Module):
                 f"{self.name}: input of shape {tuple(x.shape)}, expected (n_rows, n_tokens, d_in) "
                 f"with n_rows = {n_rows}: one row of the batch for each row of the coefficients"
             )
-        compiling = torch.compiler.is_compiling()
+        compiling = HAS_CUSTOM_OPS and torch.compiler.is_compiling()
         if not compiling and self.idle:
             return self.layer(x)  # type: ignore[no-any-return]
         c = self.coefficients[:, self.module.owner]  # (n_rows, total_rank)

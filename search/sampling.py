@@ -7,6 +7,7 @@ is told) nor what the text is for.
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any
 
 import torch
@@ -170,7 +171,10 @@ class _Batch:
         padded = [[0] * pad + list(prefixes[row]) for pad, row in zip(pads, rows, strict=True)]
         self._input = torch.tensor(padded, device=model.device)
         self._mask = (torch.arange(longest) >= torch.tensor(pads)[:, None]).long().to(model.device)
-        self._cache = DynamicCache(config=model.config)
+        try:
+            self._cache = DynamicCache(config=model.config)
+        except TypeError:  # transformers before 4.54
+            self._cache = DynamicCache()
 
     def next_logits(self) -> Tensor:
         """Run the model on the pending input; return float32 logits (n_rows, n_vocab) of the next token."""
@@ -182,7 +186,7 @@ class _Batch:
             position_ids=positions,
             past_key_values=self._cache,
             use_cache=True,
-            logits_to_keep=1,
+            **({"logits_to_keep": 1} if takes_logits_to_keep(self.model) else {}),
         )
         return output.logits[:, -1].float()  # type: ignore[no-any-return]
 
@@ -197,6 +201,11 @@ class _Batch:
         self.rows = [self.rows[place] for place in places]
         self._input, self._mask = self._input[index], self._mask[index]
         self._cache.batch_select_indices(index)
+
+
+def takes_logits_to_keep(model: Any) -> bool:
+    """Whether a model can be told whose logits are wanted; transformers before 4.50 calls it otherwise."""
+    return "logits_to_keep" in signature(model.forward).parameters
 
 
 def is_loop(tokens: Sequence[int]) -> bool:

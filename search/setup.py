@@ -138,12 +138,24 @@ def load_setup(
     base = base or load_base(
         config.base.source, revision=config.base.revision, device=config.device, dtype=config.base.dtype
     )
+    setup = make_setup(config, base, adapters, objective)
+    return replace(setup, left_out={**missing, **setup.left_out})
+
+
+def make_setup(
+    config: SearchConfig, base: LoadedBase, adapters: Sequence[Adapter], objective: Objective
+) -> Setup:
+    """Check that what is loaded fits, and leave out adapters that no merge can use.
+
+    Raises:
+        InputError: for weights, a prior or settings that do not fit.
+    """
     parts = _assemble(base, adapters, config)
     if misfits := _find_misfits(parts, config.search.max_relative_norm):
         parts = _assemble(base, [a for a in parts.adapters if a.name not in misfits], config)
     balanced = balanced_coefficients(update_products(parts.stacked))
     first, prior = _choose_start(config, parts, balanced)
-    setup = Setup(config, parts, objective, first, prior, balanced, {**missing, **misfits})
+    setup = Setup(config, parts, objective, first, prior, balanced, misfits)
     _check_optimizer(setup)
     return setup
 
@@ -169,15 +181,22 @@ def _find_misfits(parts: Parts, limit: float | None) -> Mapping[str, str]:
     return misfits
 
 
-def _choose_start(
-    config: SearchConfig, parts: Parts, balanced: FloatArray
-) -> tuple[PriorStart, dict[str, str] | None]:
-    """Return the neutral start, or the prior's."""
+def neutral_start(config: SearchConfig, parts: Parts, balanced: FloatArray) -> tuple[FloatArray, FloatArray]:
+    """Return first coefficients and their spread, both (n_groups, n_adapters), where there is no prior."""
     settings = config.search
     row = balanced if settings.start == "balanced" else np.full(len(balanced), settings.start)
     start: FloatArray = np.broadcast_to(row, parts.shape).copy()
     half = np.where(start == 0, SPREAD_AT_ZERO, np.abs(start) / 2)
     spread: FloatArray = half if settings.sigma is None else np.full(parts.shape, settings.sigma)
+    return start, spread
+
+
+def _choose_start(
+    config: SearchConfig, parts: Parts, balanced: FloatArray
+) -> tuple[PriorStart, dict[str, str] | None]:
+    """Return the neutral start, or the prior's."""
+    settings = config.search
+    start, spread = neutral_start(config, parts, balanced)
     if settings.prior is None:
         return PriorStart(start, spread, ()), None
     neutral = NeutralStart(

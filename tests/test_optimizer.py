@@ -131,7 +131,7 @@ def test_the_spread_is_the_deviation_of_what_cma_would_ask_for(n_params):
 
 def draw_many(optimizer, n_samples):
     """What CMA's own distribution gives, (n_samples, n_params): `ask` gives but a generation of it."""
-    standardised = np.array(optimizer._find_strategy().ask(n_samples + 2))[2:]  # less the mirrored pair
+    standardised = np.array(optimizer._engine.strategy.ask(n_samples + 2))[2:]  # less the mirrored pair
     return np.array([optimizer._to_genome(sample) for sample in standardised])
 
 
@@ -274,7 +274,7 @@ def test_a_generation_that_all_failed_is_told_as_the_worst_loss_of_any_generatio
         optimizer.ask()
         optimizer.tell(np.linspace(0.1, worst, 8))
     optimizer.ask()
-    optimizer._optimizer.tell = lambda candidate, loss: told.append(loss)
+    optimizer._engine._optimizer.tell = lambda candidate, loss: told.append(loss)
     optimizer.tell([np.nan] * 8)
     assert told == [0.9] * 8
 
@@ -333,7 +333,7 @@ def test_a_failure_inside_nevergrad_names_the_optimizer():
     ):
         run(make(864, 16, name="NGOpt"), 8)
     optimizer = make(name="DE")
-    optimizer._optimizer.ask = lambda: float([1, 2])
+    optimizer._engine._optimizer.ask = lambda: float([1, 2])
     with pytest.raises(InputError, match=r"'DE' cannot search 10 parameters by 8: float\(\) .*; use CMA"):
         optimizer.ask()
 

@@ -1,0 +1,197 @@
+"""Write a run as one Python file for the competition's kit: `python -m search bundle -o MyMerge.py CONFIG`.
+
+Knows the bundled file's parts, their order and its literals; how modules are cut and joined is sources.py's.
+"""
+
+import hashlib
+import json
+import textwrap
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from search.config import SearchConfig
+from search.errors import InputError
+from search.import_block import BUNDLE_WIDTH, join_imports
+from search.objective import OBJECTIVES
+from search.priors import load_prior
+from search.provenance import checkout_commit, library_versions
+from search.sources import Source, cut_sources
+
+QUERIES_AHEAD = 1200
+"""Queries that the kit answers after the merge, one at a time."""
+
+ENTRIES = ("run_in_kit", "ready_base", "KitModels")
+ANYTHING = ("", "")
+"""Of a configuration's classes, which a literal replaces, only annotations are left."""
+STAND_INS = {
+    ("search.config", "SearchConfig"): ANYTHING,
+    ("search.config", "AdapterConfig"): ANYTHING,
+    ("search.settings", "SearchSettings"): ANYTHING,
+    ("search.settings", "SpaceSettings"): ANYTHING,
+    ("search.resume", "Record"): ("search.stand_ins", "NothingRecorded"),
+    ("search.interruption", "Interruption"): ("search.stand_ins", "Uninterrupted"),
+    ("search.progress", "ProgressLine"): ("search.stand_ins", "PrintedProgress"),
+    ("search.trace", "TraceWriter"): ("search.stand_ins", "LenientTrace"),
+    ("search.delivery", "rehearse_merge"): ("search.stand_ins", "time_merge"),
+    ("search.outcome", "deliver_ending"): ("search.stand_ins", "merge_in_kit"),
+    ("search.outcome", "RunResult"): ("search.stand_ins", "KitResult"),
+    ("search.setup", "_choose_start"): ("search.stand_ins", "start_in_kit"),
+}
+"""What is bundled in place of what: (module, name) -> (module, name)."""
+LEFT_OUT = {("search.setup", "Setup"): {"describe"}, ("search.merge", "MergedAdapter"): {"modules"}}
+"""Methods that nothing in a bundle calls, though others of their name are called."""
+
+CLASS = '''
+class MyMerge(Merges):
+    """Coefficients per adapter, searched without data inside the time box."""
+
+    def __init__(self, name):
+        super().__init__(name)
+        self.loaded_models = self.loaded_models or {}
+        self.loaded_configs = self.loaded_configs or {}
+        self.merged_model = self.merged_model or {}
+
+    def merge(self):
+        """Search, fold the winner into `base_model`, and keep it in `merged_model` as an adapter."""
+        logging.basicConfig(level=logging.INFO, format="%(message)s")
+        logging.getLogger(__name__).setLevel(logging.INFO)
+        if self.architecture != "decoder":
+            raise InputError(f"architecture {self.architecture!r} is not supported, only 'decoder' is")
+        if not self.loaded_models or not self.loaded_configs:
+            self._load_huggingface_models_and_configs()
+        if self.base_model is None:
+            self._load_base_model()
+        if self.tokenizer is None:
+            self._load_tokenizer()
+        self.base_model = ready_base(self.base_model, str(self.device))
+        tokenizer = self.input_tokenizer or self.tokenizer
+        if tokenizer.pad_token_id is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        adapters = {}
+        for source, _ in self.list_models:
+            config = self.loaded_configs[source]
+            adapters[source] = self.loaded_models[source], getattr(config, "to_dict", lambda c=config: c)()
+        kit = KitModels(
+            self.base_model, tokenizer, self.base_model_name, self.base_model_revision_id, adapters
+        )
+        found = run_in_kit(CONFIG, kit, Path("output") / self.name, self._answer, ABOUT)
+        self.merged_model = found.merged
+        self.coefficients = found.coefficients
+        return self.base_model
+
+    def _answer(self, text):
+        """Answer a text as the kit will: one at a time, at most `max_gen_len` tokens."""
+        return self.generate({"input": [text]})
+'''
+
+
+def write_bundle(config: SearchConfig, prior: Path | None = None, queries_ahead: int = QUERIES_AHEAD) -> str:
+    """Return the text of a bundled run.
+
+    Args:
+        config: whose search, prompts, objective and skeletons are bundled; adapters and base are the kit's.
+        prior: file of `python -m search priors`, known by adapters' names in the bundle.
+        queries_ahead: that the kit answers after the merge, one at a time; 0 leaves no time for them.
+
+    Raises:
+        InputError: for a configuration that cannot be bundled.
+    """
+    if config.objective.name not in OBJECTIVES:
+        raise InputError(f"objective.name: {config.objective.name!r} is your own code, which is not bundled")
+    if queries_ahead < 0:
+        raise InputError(f"--queries-ahead: found {queries_ahead}, expected 0 or more")
+    sources = cut_sources(("search.submission", ENTRIES), STAND_INS, LEFT_OUT)
+    literal = _literal_of(config, prior, queries_ahead)
+    about = {"version": library_versions()["concord"], "commit": checkout_commit()}
+    kit_import = "from llm_merging.merging.Merges import Merges"
+    blocks = [
+        _bundle_head(sources, about),
+        join_imports(
+            [line for s in sources for line in s.imports], [t for s in sources for t in s.guarded], kit_import
+        ),
+        f"{' = '.join(name for (_, name), by in STAND_INS.items() if by == ANYTHING)} = Any",
+        f"ABOUT = {format_literal(about)}\n\nCONFIG = {format_literal(literal)}",
+        *(f"{_heading(s.name, s.headline)}\n{s.spaced}" for s in sources),
+        f"{_heading('MyMerge', 'The method.')}\n\n{CLASS.rstrip()}",
+    ]
+    return "\n\n\n".join(blocks).replace("\n\n\n", "\n\n", 3) + "\n"
+
+
+def _heading(name: str, headline: str) -> str:
+    rule = "# " + "=" * 40
+    text = textwrap.wrap(f"{name}: {headline}", BUNDLE_WIDTH - 2)
+    return "\n".join([rule, *(f"# {line}" for line in text), rule])
+
+
+def _bundle_head(sources: Sequence[Source], about: Mapping[str, Any]) -> str:
+    names = ", ".join(source.name for source in sources)
+    lines = [f"Concord {about['version']}, commit {about['commit']}: a data-free merge of LoRA adapters."]
+    lines += ["", "Licence: Apache-2.0, the Concord authors."]
+    lines += ["Made by `python -m search bundle` from that commit's search/, cut to what a submission needs;"]
+    lines += ["put it in place of llm_merging/merging/MyMerge.py. Change search/, not this file. Modules:"]
+    row = ""
+    for name in names.split(" "):
+        if len(row) + len(name) > BUNDLE_WIDTH - 6:
+            lines.append(row.rstrip())
+            row = ""
+        row += name + " "
+    lines.append(row.rstrip())
+    body = "\n".join(lines)
+    return f'"""{body}\n"""\n# ruff: noqa: F402, N812\n\nfrom __future__ import annotations'
+
+
+def _literal_of(config: SearchConfig, prior: Path | None, queries_ahead: int) -> dict[str, Any]:
+    dumped = config.model_dump(mode="json")
+    search = {**dumped["search"], "prior": None}
+    return {
+        "search": search,
+        "prompts": dumped["prompts"],
+        "objective": dumped["objective"],
+        "skeletons": {a.name: list(a.skeletons) for a in config.adapters if a.skeletons},
+        "queries_ahead": queries_ahead,
+        "bundled_prior": None if prior is None else _prior_literal(prior),
+    }
+
+
+def _prior_literal(path: Path) -> dict[str, Any]:
+    prior = load_prior(path)
+    return {
+        "names": list(prior.names),
+        "groups": list(prior.groups),
+        "start": prior.start.tolist(),
+        "spread": prior.spread.tolist(),
+        "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+    }
+
+
+def format_literal(value: Any, depth: int = 0) -> str:
+    """Write a literal of dicts, lists, texts, numbers and None as a formatter would, an item a line."""
+    inner, outer = " " * 4 * (depth + 1), " " * 4 * depth
+    if isinstance(value, dict) and value:
+        rows = [f"{_quote(key)}: {format_literal(item, depth + 1)}" for key, item in value.items()]
+        return "{\n" + "".join(f"{inner}{row},\n" for row in rows) + outer + "}"
+    if isinstance(value, list) and value:
+        rows = [format_literal(item, depth + 1) for item in value]
+        return "[\n" + "".join(f"{inner}{row},\n" for row in rows) + outer + "]"
+    if isinstance(value, str):
+        return _format_text(value, depth)
+    return repr(value)
+
+
+def _format_text(text: str, depth: int) -> str:
+    inner, outer, room = " " * 4 * (depth + 1), " " * 4 * depth, BUNDLE_WIDTH - 4 * (depth + 2)
+    if len(_quote(text)) + len(outer) < BUNDLE_WIDTH:
+        return _quote(text)
+    pieces, rest = [""], text
+    while rest:
+        if len(_quote(pieces[-1] + rest[0])) > room:
+            pieces.append("")
+        pieces[-1], rest = pieces[-1] + rest[0], rest[1:]
+    return "(\n" + "".join(f"{inner}{_quote(piece)}\n" for piece in pieces) + outer + ")"
+
+
+def _quote(text: str) -> str:
+    """Quote as a formatter does: double quotes, unless that needs more escapes."""
+    quoted = json.dumps(text, ensure_ascii=False)
+    return repr(text) if '"' in text and "'" not in text else quoted

@@ -1,0 +1,207 @@
+"""The bundle: one file that runs in the kit without search/, and finds what the unbundled run finds."""
+
+import ast
+import csv
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.torch import load_file
+
+from search.bundle import format_literal, write_bundle
+from search.config import load_config
+from search.errors import InputError
+from search.run import run_search
+from search.trace import Trace
+from tests.test_merges import save_toy_zoo
+
+ROOT = Path(__file__).parents[1]
+QUICK = (
+    "device=cpu",
+    *("prompts.per_adapter=2", "prompts.unseen_per_adapter=2", "prompts.max_new_tokens=8"),
+    *("search.max_evaluations=24", "search.n_candidates=8", "search.n_finalists=3"),
+    *("objective.weak_signal_nats=100", "search.gradient.refine_steps=2", "search.space=layer"),
+)
+"""All adapters are near the balanced merge: no single expert wins, something that was found does."""
+PINNED = ("transformers==4.47.1", "peft==0.10.0", "numpy==1.26.4", "safetensors==0.4.5", "accelerate==1.0.1")
+PINNED_TOO = ("tokenizers==0.21.0", "huggingface_hub==0.27.1")
+"""What transformers 4.47.1 wants; all else, torch among it, is this environment's."""
+OLD_KEYS = (
+    *("peft_type", "task_type", "base_model_name_or_path", "r", "lora_alpha", "rank_pattern", "bias"),
+    *("alpha_pattern", "target_modules", "use_rslora", "use_dora", "init_lora_weights", "inference_mode"),
+)
+"""Of adapter_config.json, what PEFT 0.10 knows, as it knows the competition's own."""
+REPORT = """
+import json, sys
+for name in ["search", *MISSING]:
+    sys.modules[name] = None  # cannot be imported
+from llm_merging.merging.MyMerge import MyMerge
+method = MyMerge("my_merge")
+method.merge()
+json.dump(method.coefficients.tolist(), open("found.json", "w"))
+assert not method.base_model.training
+"""
+QUERIES = (
+    "id,input,eval_type,answer_choices\n1,Say it,generation,\n2,Which,multiple_choice,\"['a', 'b c']\"\n"
+)
+
+
+@pytest.fixture(scope="module")
+def zoo(tmp_path_factory):
+    return save_toy_zoo(tmp_path_factory.mktemp("zoo"))
+
+
+@pytest.fixture(scope="module")
+def text(zoo):
+    return write_bundle(load_config(zoo, QUICK), queries_ahead=2)
+
+
+def make_kit(folder, zoo, text, empty=None):
+    """Copy the kit with the toy zoo's models in its constants and the bundle dropped in."""
+    shutil.copytree(ROOT / "tests/kit", folder, ignore=shutil.ignore_patterns("__pycache__"))
+    adapters = [[str(path), None] for path in sorted((zoo.parent / "adapters").iterdir())]
+    models = {"base": [str(zoo.parent / "base"), None], "adapters": adapters, "empty": empty}
+    (folder / "models.json").write_text(json.dumps(models))
+    (folder / "llm_merging/merging/MyMerge.py").write_text(text)
+    (folder / "data").mkdir()
+    (folder / "data/test.csv").write_text(QUERIES)
+    return folder
+
+
+def run_in(kit, *arguments, python=sys.executable):
+    kept = {key: os.environ[key] for key in ("PATH", "HOME", "LD_LIBRARY_PATH") if key in os.environ}
+    environment = {**kept, "PYTHONPATH": ".", "HF_AUTH_TOKEN": "none", "HF_HUB_OFFLINE": "1"}
+    environment["OMP_NUM_THREADS"] = "1"
+    return subprocess.run(
+        [python, *arguments], cwd=kit, env=environment, capture_output=True, text=True, timeout=300
+    )
+
+
+def report(missing=()):
+    return f"MISSING = {list(missing)}\n{REPORT}"
+
+
+def test_it_finds_the_coefficients_of_the_unbundled_run_without_search(zoo, text, tmp_path):
+    kit = make_kit(tmp_path / "kit", zoo, text)
+    done = run_in(kit, "-c", report())
+    assert done.returncode == 0, done.stderr
+    assert "the search is by nevergrad" in done.stderr
+    result = run_search(load_config(zoo, QUICK), output=tmp_path / "out")
+    assert np.count_nonzero(result.coefficients) > len(result.coefficients)  # no single expert
+    np.testing.assert_array_equal(json.loads((kit / "found.json").read_text()), result.coefficients)
+    lines = [json.loads(line) for line in (kit / "output/my_merge/trace.jsonl").read_text().splitlines()]
+    assert lines[0]["optimizer_library"] == "nevergrad"
+    genomes = [line["genomes"] for line in lines if line["kind"] == "generation"]
+    trace = Trace.load(tmp_path / "out/trace.jsonl")
+    np.testing.assert_array_equal(genomes, [generation.genomes for generation in trace.generations])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("missing", "library"), [(["nevergrad"], "pycma"), (["nevergrad", "cma"], "built-in")]
+)
+def test_without_nevergrad_another_optimizer_searches(zoo, text, tmp_path, missing, library):
+    kit = make_kit(tmp_path / "kit", zoo, text)
+    done = run_in(kit, "-c", report(missing))
+    assert done.returncode == 0, done.stderr
+    assert f"the search is by {library}" in done.stderr
+    header = json.loads((kit / "output/my_merge/trace.jsonl").read_text().splitlines()[0])
+    assert header["optimizer_library"] == library
+
+
+def test_a_library_that_is_missing_is_named_in_one_line(zoo, text, tmp_path):
+    kit = make_kit(tmp_path / "kit", zoo, text)
+    done = run_in(kit, "-c", report(["peft", "safetensors"]))
+    assert done.returncode != 0
+    assert "error: MyMerge.py needs" in done.stderr.splitlines()[-1]
+
+
+@pytest.fixture(scope="module")
+def pinned(tmp_path_factory):
+    """Python with the competition's own libraries, as far as they can be had here."""
+    folder = tmp_path_factory.mktemp("pinned")
+    subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
+    python = folder / "bin/python"
+    order = [python, "-m", "pip", "install", "-q", "--no-deps", *PINNED, *PINNED_TOO]
+    fetched = [subprocess.run(order), subprocess.run([python, "-m", "pip", "install", "-q", "requests"])]
+    if any(done.returncode for done in fetched):
+        pytest.skip("the pinned libraries cannot be fetched here")
+    rest = Path(np.__file__).parents[1]
+    next(folder.glob("lib/python*/site-packages")).joinpath("rest.pth").write_text(str(rest))
+    return python
+
+
+@pytest.mark.slow
+@pytest.mark.network
+def test_it_finds_the_same_with_the_competitions_libraries(zoo, pinned, text, tmp_path):
+    old = tmp_path / "zoo" / "zoo.yaml"
+    shutil.copytree(zoo.parent, old.parent)
+    for path in old.parent.rglob("adapter_config.json"):
+        content = json.loads(path.read_text())
+        content["base_model_name_or_path"] = str(old.parent / "base")
+        path.write_text(json.dumps({key: content[key] for key in OLD_KEYS if key in content}))
+    path = old.parent / "base/tokenizer_config.json"
+    path.write_text(
+        json.dumps({**json.loads(path.read_text()), "tokenizer_class": "PreTrainedTokenizerFast"})
+    )
+    found = []
+    for name, python in (("new", sys.executable), ("old", pinned)):
+        kit = make_kit(tmp_path / name, old, text)
+        done = run_in(kit, "-c", report(), python=python)
+        assert done.returncode == 0, done.stderr
+        found.append(json.loads((kit / "found.json").read_text()))
+    np.testing.assert_allclose(found[1], found[0], atol=1e-3)
+
+
+@pytest.mark.slow
+def test_the_kits_main_merges_saves_and_answers_and_does_without_a_trace(zoo, text, tmp_path):
+    kit = make_kit(tmp_path / "kit", zoo, text, empty={})
+    (kit / "output").mkdir()
+    (kit / "output/my_merge").mkdir()
+    (kit / "output/my_merge/trace.jsonl").mkdir()  # cannot be written
+    done = run_in(kit, "llm_merging/main.py")
+    assert done.returncode == 0, done.stderr
+    assert "going on" in done.stderr
+    assert load_file(kit / "output/my_merge/safetensor.pt")
+    with (kit / "output/test.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["id"] for row in rows] == ["1", "2"]
+    assert all(row["prediction"] for row in rows)
+    assert list(rows[0]) == ["id", "prediction", "dummy_field"]
+
+
+def test_the_file_is_plain_and_the_same_each_time(zoo, text):
+    assert text == write_bundle(load_config(zoo, QUICK), queries_ahead=2)
+    tree = ast.parse(text, feature_version=(3, 10))
+    modules = [n.module or "" for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)]
+    assert not any(module.split(".")[0] == "search" for module in modules)
+    called = {n.func.id for n in ast.walk(tree) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)}
+    assert not called & {"exec", "eval", "compile", "__import__"}
+    assert str(zoo.parent) not in text
+    assert "/home" not in text
+    assert "base64" not in text
+
+
+def test_it_is_formatted_and_clean(text, tmp_path):
+    path = tmp_path / "MyMerge.py"
+    path.write_text(text)
+    for command in (["check"], ["format", "--check"]):
+        order = ["ruff", *command, "--config", str(ROOT / "pyproject.toml"), str(path)]
+        done = subprocess.run(order, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout
+
+
+def test_a_users_objective_is_not_bundled(zoo):
+    config = load_config(zoo, [*QUICK, "objective.name=mine:loss"])
+    with pytest.raises(InputError, match="not bundled"):
+        write_bundle(config)
+
+
+def test_literals_are_what_they_say():
+    value = {"a": [1.5, None, "x" * 300 + "\n'\"é"], "b": {}, "c": [], "d": 'it\'s "so"', "e": True}
+    assert ast.literal_eval(format_literal(value)) == value
