@@ -242,12 +242,23 @@ def record(name: str, arguments: argparse.Namespace, found: dict[str, Any]) -> N
             file.write(json.dumps(line) + "\n")
 
 
+def run(
+    name: str,
+    description: str | None,
+    measure: Callable[[argparse.Namespace], dict[str, Any]],
+    compared: str,
+    argv: Sequence[str] | None,
+) -> int:
+    """Parse, measure, print, record; 1 if ways that are the same function differ, as part `compared` says."""
+    arguments = parse(name, description, argv)
+    found = measure(arguments)
+    record(name, arguments, found)
+    return 0 if found[compared]["agree"] else 1
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run, print, record; 1 if ways that are the same function differ."""
-    arguments = parse("bench_population_forward", __doc__, argv)
-    found = measure(arguments)
-    record("bench_population_forward", arguments, found)
-    return 0 if found["distance_from_population"]["agree"] else 1
+    return run("bench_population_forward", __doc__, measure, "distance_from_population", argv)
 
 
 if __name__ == "__main__":

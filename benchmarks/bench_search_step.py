@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.bench_population_forward import ForwardScene, merged_ways, parse, record
+from benchmarks.bench_population_forward import ForwardScene, merged_ways, run
 from benchmarks.speed_rivals import DenseMerge, PeftWays
 from benchmarks.speed_scene import MISTRAL_7B, TINY, Sizes, draw_prompts
 from benchmarks.timing import peak_gib, time_interleaved
@@ -193,10 +193,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run, print, record; 1 if ways that are the same function differ."""
-    arguments = parse("bench_search_step", __doc__, argv)
-    found = measure(arguments)
-    record("bench_search_step", arguments, found)
-    return 0 if found["candidates"]["agree"] else 1
+    return run("bench_search_step", __doc__, measure, "candidates", argv)
 
 
 if __name__ == "__main__":

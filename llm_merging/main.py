@@ -38,10 +38,8 @@ from llm_merging.merging.Merges import REPOSITORY, choose_config
 from llm_merging.sizing import check_sizes, size_queries
 from search.config import SearchConfig, load_config
 from search.errors import InputError
-from search.timebox import PROCESS_END_S, seconds_of_process
+from search.timebox import LONGEST_START_S, PROCESS_END_S, seconds_of_process
 
-LONGEST_START_S = 600.0
-"""A process that says it is older than this is not believed: some containers tell the machine's age."""
 AGE_S = seconds_of_process() if __name__ == "__main__" else math.inf
 STARTED_S = time.monotonic() - AGE_S if AGE_S < LONGEST_START_S else IMPORTED_S
 """When the process began, on time.monotonic's clock: starting Python is of the time box too."""

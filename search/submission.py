@@ -23,10 +23,8 @@ from search.phases import Later, Phases, Shared
 from search.setup import Setup, make_setup
 from search.space import FloatArray
 from search.stand_ins import LenientTrace, NothingRecorded, PrintedProgress, Settings, Uninterrupted
-from search.timebox import PROCESS_END_S, SPARE_SHARE, TimeBox, seconds_of_process
+from search.timebox import LONGEST_START_S, PROCESS_END_S, SPARE_SHARE, TimeBox, seconds_of_process
 
-LONGEST_START_S = 600.0
-"""A process that says it is older than this is not believed: some containers tell the machine's age."""
 GENERATION_SHARE = 0.45
 """Of queries, those that are answered in words; the competition's file has 350 of 807."""
 

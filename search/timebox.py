@@ -11,6 +11,8 @@ from pathlib import Path
 
 SPARE_SHARE = 0.05
 """Of a time box, what no phase plans with: estimates err."""
+LONGEST_START_S = 600.0
+"""A process that says it is older than this is not believed: some containers tell the machine's age."""
 PROCESS_END_S = 1.5
 """What a process takes to end, about, which is not planned with either."""
 
