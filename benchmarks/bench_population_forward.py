@@ -81,9 +81,10 @@ class ForwardScene:
             gen = torch.Generator().manual_seed(n_rows)
             shape = n_rows, self.sizes.n_tokens
             self._ids[n_rows] = torch.randint(3, self.sizes.n_vocab, shape, generator=gen).to(self.device)
+        # by place, as a search asks for them: a number makes a view of it, which is multiplied row by row
+        wanted = torch.arange(self.sizes.n_tokens // 2, self.sizes.n_tokens, device=self.device)
         with nullcontext() if eager else self.active():
-            inputs = {"use_cache": False, "logits_to_keep": self.sizes.n_tokens // 2}
-            logits: Tensor = self.model(self._ids[n_rows], **inputs).logits
+            logits: Tensor = self.model(self._ids[n_rows], use_cache=False, logits_to_keep=wanted).logits
         return logits
 
     def mixed(self, table: Tensor, stacked: StackedFactors, groups: Groups, *, eager: bool = False) -> Tensor:

@@ -18,8 +18,6 @@ from search.config import load_config
 from search.evaluate import PopulationEvaluator, Scoring
 from search.experts import TokenBudget, expert_signals, plan_budget
 from search.memory import (
-    LEAST_PREFILL_TOKENS,
-    MOST_PREFILL_TOKENS,
     MOST_TOKENS,
     MOST_WRITTEN_TOKENS,
     Reading,
@@ -30,7 +28,6 @@ from search.memory import (
     largest_batch,
     largest_fit,
     pick_tokens,
-    prefill_tokens,
     read_memory,
     sampling_cost,
     shape_of,
@@ -116,12 +113,6 @@ def test_the_densest_rows_are_measured_within_the_limit(rows, n_tokens):
     assert len(chosen) == 1 or sum(lengths[row] for row in chosen) <= n_tokens
     densities = [scored / length for length, scored in zip(lengths, n_scored, strict=True)]
     assert densities[chosen[0]] == max(densities)
-
-
-@given(st.integers(1, 10**6))
-def test_prompts_are_read_in_parts_that_take_less_than_the_cache_yet_keep_a_card_busy(n_tokens):
-    assert LEAST_PREFILL_TOKENS <= prefill_tokens(n_tokens) <= MOST_PREFILL_TOKENS
-    assert prefill_tokens(n_tokens) <= max(LEAST_PREFILL_TOKENS, n_tokens / 4)
 
 
 def test_a_real_models_shape_is_read_from_its_configuration():
