@@ -6,7 +6,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
+from importlib import import_module
+from io import StringIO
 from pathlib import Path
+from threading import Barrier, Event
 from typing import Any
 
 import pytest
@@ -22,7 +26,7 @@ from search.base import load_base, load_shapes, load_tokenizer, read_context
 from search.config import load_config
 from search.errors import InputError
 from search.files import sha256_file
-from search.hub import LONGEST_WAIT_S, WAITS_S, Fetched, MissingOnHubError, fetch
+from search.hub import LONGEST_WAIT_S, WAITS_S, Fetched, MissingOnHubError, fetch, fetch_together
 from search.parts import load_adapters
 from search.setup import load_setup
 from search.trace import Trace
@@ -31,6 +35,7 @@ from tests.hub_server import EXPIRED, Hub, Repo, serve
 ZOO = Path(__file__).parents[1] / "data/zoo"
 EXPERTS = sorted((ZOO / "adapters").iterdir())
 ADAPTER, COMMIT = LIST_MODELS[0]
+hub_bars = import_module("huggingface_hub.utils.tqdm")  # the package has a class of that name
 FILES = [CONFIG_FILE, WEIGHTS_FILE]
 
 
@@ -63,6 +68,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slept: list[float]) -> 
         monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1 << 14)
         for name in ("HF_TOKEN", "HF_AUTH_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
             monkeypatch.delenv(name, raising=False)
+        search.hub._tell_once.cache_clear()
         yield served
 
 
@@ -360,6 +366,74 @@ def test_the_uniform_average_is_over_what_is_there(hub: Hub, tmp_path: Path) -> 
     assert method.scale == 1 / 2
 
 
+def test_several_adapters_are_fetched_at_once_and_come_in_their_order(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, together = search.hub.snapshot_download, Barrier(3, timeout=20)
+
+    def download(*args: Any, **options: Any) -> str:
+        together.wait()  # all three, or the barrier breaks
+        return real(*args, **options)
+
+    monkeypatch.setattr(search.hub, "snapshot_download", download)
+    config = load_config(configured(tmp_path))
+    fetched = fetch_together([partial(fetch, a.source, a.revision, FILES, a.name) for a in config.adapters])
+    assert [found.commit for found in fetched] == [a.revision for a in config.adapters]
+
+
+def test_after_an_error_no_other_is_begun_and_of_several_the_first_is_told() -> None:
+    begun, both = [], Barrier(2, timeout=20)
+
+    def work(number: int) -> int:
+        begun.append(number)
+        if number in (1, 2):
+            both.wait()
+            raise InputError(f"no {number}")
+        return number
+
+    assert fetch_together([partial(work, number) for number in (3, 4)]) == [3, 4]
+    with pytest.raises(InputError, match="no 1"):
+        fetch_together([partial(work, number) for number in (1, 2, *range(5, 4000))])
+    assert len(begun) < 4000
+
+
+@pytest.mark.parametrize("given", [None, True, False])
+def test_one_bar_stands_for_all_adapters_unless_the_user_says_which(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: bool | None
+) -> None:
+    class Terminal(StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    for module in (constants, hub_bars):
+        monkeypatch.setattr(module, "HF_HUB_DISABLE_PROGRESS_BARS", given)
+    load_adapters(load_config(configured(tmp_path)))
+    shown = sys.stderr.getvalue()  # type: ignore[attr-defined]
+    assert ("adapters: 100%" in shown) == (given is None)
+    assert ("Fetching" in shown) == (given is False)
+
+
+def test_what_is_not_pinned_is_told_once(hub: Hub, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    path = configured(tmp_path)
+    for _ in range(2):
+        load_adapters(load_config(path))
+        load_base(BASE_MODEL_NAME, device="cpu", revision=hub.repos[BASE_MODEL_NAME].commit)
+    assert "not pinned" not in caplog.text
+    settings = json.loads(path.read_text())
+    del settings["adapters"][0]["revision"]
+    settings["adapters"][2]["revision"] = "main"
+    path.write_text(json.dumps(settings))
+    for _ in range(2):
+        adapters, _ = load_adapters(load_config(path))
+        load_base(BASE_MODEL_NAME, device="cpu")
+    (first, second) = [line for line in caplog.messages if "not pinned" in line]
+    assert f"not pinned: adapter 'magicoder' is at {COMMIT}, adapter 'drop' is at " in first
+    assert f"not pinned: base '{BASE_MODEL_NAME}' is at {hub.repos[BASE_MODEL_NAME].commit}. " in second
+    assert [a.revision for a in adapters] == [dict(LIST_MODELS)[f"predibase/{a.name}"] for a in adapters]
+
+
 # ---- broken connections and files
 
 
@@ -381,6 +455,30 @@ def test_whole_files_are_kept_when_another_never_comes(hub: Hub, repo: Repo) -> 
     hub.requests.clear()
     fetch_adapter()
     assert hub.asked("GET", "file", "large") == [WEIGHTS_FILE]
+
+
+@pytest.mark.slow
+def test_a_killed_processs_part_of_a_file_is_fetched_anew_and_its_whole_files_are_kept(
+    hub: Hub, repo: Repo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    repo.hold_after = [repo.files[WEIGHTS_FILE].stat().st_size // 2]
+    code = (
+        "import sys; from huggingface_hub import constants; constants.DOWNLOAD_CHUNK_SIZE = 1 << 14; "
+        "from search.hub import fetch; fetch(*sys.argv[1:3], sys.argv[3:], 'a')"
+    )
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    own = clean | {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home")}
+    with subprocess.Popen([sys.executable, "-c", code, ADAPTER, COMMIT, *FILES], env=own) as process:
+        part = (tmp_path / "home").rglob
+        while not list(part(CONFIG_FILE)) or not any(p.stat().st_size for p in part("*.incomplete")):
+            assert process.poll() is None
+            Event().wait(0.02)
+        process.kill()
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "home/hub"))
+    assert fetch_adapter().commit == COMMIT
+    assert hub.asked("GET", "file", "large").count(CONFIG_FILE) == 1
+    ranges = [r.range for r in hub.requests if r.kind == "large" and r.method == "GET"]
+    assert ranges == [None, None]  # huggingface_hub takes up only what it began itself
 
 
 @pytest.mark.parametrize("broken", [RuntimeError("data store gave up"), ConnectionResetError("by peer")])
@@ -541,7 +639,7 @@ def test_a_whole_run_from_the_hub_records_commits_and_what_was_missing(hub: Hub,
     assert found["provenance"]["left_out"].keys() == {"cnn"}
     assert Trace.load(out / "trace.jsonl").header["left_out"] == found["provenance"]["left_out"]
     assert "left out, coefficient 0: cnn: adapter 'cnn'" in done.stderr
-    assert f"commit {base}; pin it with `revision:`" in done.stderr
+    assert done.stderr.count(f"not pinned: base '{BASE_MODEL_NAME}' is at {base}.") == 1
     merged = run_alone(
         ["-m", "search", "merge", str(out), "-o", str(tmp_path / "m")], **own, HF_HUB_OFFLINE="1"
     )
