@@ -15,13 +15,17 @@ from huggingface_hub.errors import (
     FileMetadataError,
     GatedRepoError,
     HfHubHTTPError,
+    LocalEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
 
 RETRIED = (429, 500, 502, 503, 504)
-HTTP_ERRORS = HfHubHTTPError.__bases__
-"""What both HTTP clients that huggingface_hub had over time raise for all that goes wrong."""
+_ERROR = HfHubHTTPError.__bases__[0]
+HTTP_ERRORS = [
+    one for one in _ERROR.__mro__ if one.__module__.split(".")[0] == _ERROR.__module__.split(".")[0]
+][-1:]
+"""What the HTTP client raises for all that goes wrong: huggingface_hub had requests before 1.0, and httpx."""
 ONLINE = "Unset HF_HUB_OFFLINE once to fetch it, or give a folder"
 _KEPT = "whole files are kept"
 
@@ -73,7 +77,8 @@ def is_missing(error: BaseException) -> bool:
 def explain(error: Exception, source: str) -> str:
     """Say what was found, and the way out."""
     status = status_of(error)
-    if status is not None or isinstance(error, HfHubHTTPError):
+    is_from_cache = isinstance(error, LocalEntryNotFoundError)  # to huggingface_hub 0.36 an answer too
+    if status is not None or (isinstance(error, HfHubHTTPError) and not is_from_cache):
         return _explain_answer(error, status, f"{constants.ENDPOINT}/{source}")
     if is_offline():
         return f"no such folder, and not or not wholly in the cache {constants.HF_HUB_CACHE}. {ONLINE}"

@@ -344,7 +344,7 @@ def test_the_toy_zoo_has_the_generations_that_a_run_under_the_same_clock_has(
     row_sums = Passes.sums
 
     def slow(self, objective, logp, prompts):  # so that what else the machine does weighs little
-        time.sleep(0.005 * len(prompts))
+        time.sleep(0.003 * len(prompts))
         return row_sums(self, objective, logp, prompts)
 
     monkeypatch.setattr(Passes, "sums", slow)

@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from importlib import import_module
 from io import StringIO
@@ -15,7 +15,8 @@ from typing import Any
 
 import pytest
 import torch
-from huggingface_hub import constants
+from huggingface_hub import constants, file_download
+from huggingface_hub import utils as hub_utils
 
 import search.base
 import search.hub
@@ -35,6 +36,8 @@ from tests.hub_server import EXPIRED, Hub, Repo, serve
 ZOO = Path(__file__).parents[1] / "data/zoo"
 EXPERTS = sorted((ZOO / "adapters").iterdir())
 ADAPTER, COMMIT = LIST_MODELS[0]
+forget_sessions: Callable[[], object] = getattr(hub_utils, "reset_sessions", lambda: None)
+"""Before 1.0 a session is on line, or not, for good."""
 hub_bars = import_module("huggingface_hub.utils.tqdm")  # the package has a class of that name
 FILES = [CONFIG_FILE, WEIGHTS_FILE]
 
@@ -44,6 +47,18 @@ def add_competition(hub: Hub) -> None:
     hub.add(BASE_MODEL_NAME, ZOO / "base")
     for place, (name, commit) in enumerate(LIST_MODELS):
         hub.add(name, EXPERTS[place % len(EXPERTS)], commit)
+
+
+def set_template(monkeypatch: pytest.MonkeyPatch, template: str) -> None:
+    """Say where files are; huggingface_hub before 1.0 has it twice."""
+    for module in (constants, file_download):
+        monkeypatch.setattr(module, "HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)
+
+
+def go_offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Do as HF_HUB_OFFLINE=1."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    forget_sessions()
 
 
 @pytest.fixture
@@ -61,15 +76,17 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slept: list[float]) -> 
         add_competition(served)
         monkeypatch.setattr(constants, "ENDPOINT", served.url)
         template = served.url + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        set_template(monkeypatch, template)
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
         monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        forget_sessions()
         monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1 << 14)
         for name in ("HF_TOKEN", "HF_AUTH_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
             monkeypatch.delenv(name, raising=False)
         search.hub._tell_once.cache_clear()
         yield served
+        forget_sessions()
 
 
 @pytest.fixture
@@ -205,13 +222,13 @@ def test_a_base_is_of_one_commit_though_its_branch_moves(hub: Hub, monkeypatch: 
 def test_offline_the_cache_serves(hub: Hub, monkeypatch: pytest.MonkeyPatch, revision: str | None) -> None:
     first = fetch_adapter(revision)
     hub.requests.clear()
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    go_offline(monkeypatch)
     assert fetch_adapter(revision) == first
     assert not hub.requests
 
 
 def test_offline_and_not_in_the_cache_names_the_cache(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    go_offline(monkeypatch)
     message = refusal()
     assert f"not or not wholly in the cache {constants.HF_HUB_CACHE}" in message
     assert "Unset HF_HUB_OFFLINE once" in message
@@ -220,7 +237,7 @@ def test_offline_and_not_in_the_cache_names_the_cache(hub: Hub, monkeypatch: pyt
 
 def test_offline_with_a_part_in_the_cache_is_refused(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     load_tokenizer(BASE_MODEL_NAME)  # without the weights
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    go_offline(monkeypatch)
     with pytest.raises(InputError, match=r"not or not wholly in the cache"):
         load_base(BASE_MODEL_NAME, device="cpu")
 
@@ -236,9 +253,7 @@ def test_a_hub_out_of_reach_serves_from_the_cache_else_says_so(
 
 
 def test_what_is_no_hub_is_said_to_be_none(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.large_url + "/large/{repo_id}/{filename}"
-    )
+    set_template(monkeypatch, hub.large_url + "/large/{repo_id}/{filename}")
     assert "does not seem to be served by a Hugging Face Hub endpoint" in refusal()
 
 
@@ -348,7 +363,7 @@ def test_only_what_the_hub_says_it_does_not_have_is_skipped(
     hub.repos["predibase/cnn"].busy, hub.repos["predibase/cnn"].busy_at = [(503, None)] * 99, "file"
     with pytest.raises(InputError, match=r"the hub is busy"):
         load_adapters(config)
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    go_offline(monkeypatch)
     with pytest.raises(InputError, match=r"not or not wholly in the cache"):
         load_adapters(config)
 
@@ -546,14 +561,14 @@ def test_a_file_that_someone_deleted_from_the_cache_is_fetched_again(hub: Hub) -
 
 def test_offline_a_deleted_file_is_one_line(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     (fetch_adapter().folder / WEIGHTS_FILE).resolve().unlink()
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    go_offline(monkeypatch)
     assert "Unset HF_HUB_OFFLINE once to fetch it" in refusal()
 
 
 def test_offline_a_spoiled_file_is_refused_and_kept(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     path = fetch_adapter().folder / CONFIG_FILE
     path.write_bytes(path.read_bytes() + b" ")
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    go_offline(monkeypatch)
     assert f"{CONFIG_FILE} in the cache does not have its hash. Unset HF_HUB_OFFLINE once" in refusal()
     assert path.exists()
 
