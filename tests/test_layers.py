@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LAYERS = (
-    {"errors"},
+    {"errors", "versions"},
     {
         "card",
         "compiled",
@@ -26,6 +26,7 @@ LAYERS = (
     },
     {
         "files",
+        "hub_errors",
         "import_block",
         "locate",
         "objective",
@@ -40,7 +41,7 @@ LAYERS = (
     {"adapters", "archive", "base", "finalists", "gradient", "movement", "optimizer", "plugin", "priors"}
     | {"racing", "report", "settings", "tables"},
     {"config", "figures", "figures_genomes", "finding", "loop", "prior_learning", "recorded", "stack"},
-    {"balance", "forecast", "merge", "parts", "population", "progress", "reserves", "resume", "stages"}
+    {"balance", "forecast", "merge", "parts", "pin", "population", "progress", "reserves", "resume", "stages"}
     | {"summary"},
     {"compress", "delivery", "diagnosis", "drafts", "folding", "planning", "trust"},
     {"diagnosis_text", "export", "prompts"},
