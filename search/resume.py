@@ -115,8 +115,8 @@ def refuse_changes(record: Record, header: Mapping[str, Any], path: Path) -> Non
                 "go on, choose another --out for a new search, or make a prior of this one with "
                 "`python -m search priors`."
             )
-    for key in ("commit", "device_name"):
-        if record.trace.header.get(key) != header.get(key):
+    for key in ("commit", "device_name", "cpu"):
+        if record.trace.header.get(key, header.get(key)) != header.get(key):
             logging.getLogger(__name__).warning(
                 "%s: begun with %s %s, going on with %s",
                 path,
@@ -148,7 +148,8 @@ def _is_place(key: str) -> bool:
     first, last = key.split(".")[0], key.rsplit(".", 1)[-1]
     if first == "config":
         return last in _PLACES
-    return first in ("commit", "device_name", "config_sha256", "schema", "folder") or last in ("id", "source")
+    passing = "commit", "device_name", "cpu", "config_sha256", "schema", "folder"
+    return first in passing or last in ("id", "source")
 
 
 def _by_importance(key: str) -> tuple[bool, bool, str]:
