@@ -33,6 +33,7 @@ from search.report import write_report
 from search.run import run_search
 from search.timebox import seconds_of_process
 from search.trace import Trace
+from search.verify import conclude, verify_run
 
 Outcome = tuple[dict[str, Any], int]
 """What the JSON line says, and the exit code."""
@@ -182,6 +183,24 @@ def _add_readers(add: Callable[..., Any]) -> None:
     )
     report.add_argument("traces", type=Path, nargs="+", metavar="TRACE")
     report.add_argument("-o", dest="output", type=Path, required=True, metavar="FILE")
+    verify = add(
+        "verify",
+        verify_command,
+        "hold a finished run against its inputs: hashes, versions, the search replayed, the winner's loss",
+        "verify output/my_merge",
+    )
+    verify.add_argument("folder", type=Path, metavar="RUN", help="folder that holds trace.jsonl")
+    verify.add_argument("--refine", action="store_true", help="take the gradient steps again, too")
+
+
+def verify_command(arguments: argparse.Namespace) -> Outcome:
+    """Verify a run, a line a check."""
+    checks = []
+    for check in verify_run(arguments.folder, refine=arguments.refine):
+        checks.append(check)
+        print(check, file=sys.stderr, flush=True)
+    document = conclude(arguments.folder, checks)
+    return document, 0 if document["ok"] else 1
 
 
 def run_command(arguments: argparse.Namespace) -> Outcome:

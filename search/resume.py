@@ -106,8 +106,8 @@ def refuse_changes(record: Record, header: Mapping[str, Any], path: Path) -> Non
     """
     if record.trace is None:
         return
-    before = _flatten({key: record.trace.header.get(key) for key in header})
-    now = _flatten(header)
+    before = flatten({key: record.trace.header.get(key) for key in header})
+    now = flatten(header)
     for key in sorted(before.keys() | now.keys(), key=_by_importance):
         if before.get(key) != now.get(key) and not _is_place(key):
             raise InputError(
@@ -126,8 +126,8 @@ def refuse_changes(record: Record, header: Mapping[str, Any], path: Path) -> Non
             )
 
 
-def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
-    """Turn nested mappings and sequences into dotted keys; an adapter is keyed by its name."""
+def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Turn nested mappings and sequences into dotted keys; what has a name is keyed by it."""
     if isinstance(value, Mapping):
         items: list[tuple[Any, Any]] = list(value.items())
     elif isinstance(value, list | tuple):
@@ -139,7 +139,7 @@ def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
         return {prefix: value}
     flat: dict[str, Any] = {}
     for key, item in items:
-        flat.update(_flatten(item, f"{prefix}.{key}" if prefix else str(key)))
+        flat.update(flatten(item, f"{prefix}.{key}" if prefix else str(key)))
     return flat
 
 
