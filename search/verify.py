@@ -48,7 +48,11 @@ def verify_run(folder: Path, *, refine: bool = False) -> Iterator[Check]:
         return
     with _threads_of(record):
         setup = load_setup(config, objective=load_objective(record.header["objective"]))
-        yield from check_setup(setup, record)
+        made = check_setup(setup, record)
+        yield from made
+        if any(check.mark == "differs" for check in made):
+            yield Check("loss", "note", "nothing is scored: the inputs make another search than the run's")
+            return
         yield from check_merge(setup, record)
         yield from check_scores(setup, record, refine=refine)
 

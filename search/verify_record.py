@@ -136,8 +136,8 @@ def _check_repeats(record: RunRecord) -> Check:
     header, merged, document = record.header, record.merged, record.document
     provenance, objective = document.get("provenance", {}), document.get("objective", {})
     expected: dict[str, Any] = {
-        "base": header["base"],
-        "adapters": [_identity(adapter) for adapter in header["adapters"]],
+        "base": _identity(header["base"]),
+        "adapters": {adapter["name"]: _identity(adapter) for adapter in header["adapters"]},
         "groups": " ".join(header["groups"]),
         "seed": header["seed"],
         "versions": header["versions"],
@@ -154,8 +154,8 @@ def _check_repeats(record: RunRecord) -> Check:
     if ended := record.trace.last("search_ended"):
         expected["evaluations"] = ended["evaluations"]
     found = {
-        "base": {key: document["base"].get(key) for key in header["base"]},
-        "adapters": [_identity(adapter) for adapter in document["adapters"]],
+        "base": _identity(document["base"]),
+        "adapters": {adapter["name"]: _identity(adapter) for adapter in document["adapters"]},
         "groups": " ".join(document["groups"]),
         "objective": objective,
         **{key: provenance.get(key) for key in expected.keys() & _OF_PROVENANCE},
@@ -166,8 +166,9 @@ def _check_repeats(record: RunRecord) -> Check:
 _OF_PROVENANCE = {"seed", "versions", "left_out", "winner", "ended_by", "evaluations"}
 
 
-def _identity(adapter: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: adapter.get(key) for key in ("name", "revision", "sha256")}
+def _identity(weights: Mapping[str, Any]) -> dict[str, Any]:
+    """Return which weights they are, wherever they lie."""
+    return {key: weights.get(key) for key in ("revision", "sha256", "text_sha256")}
 
 
 def _check_winner(record: RunRecord) -> Check:
