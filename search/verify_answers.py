@@ -26,9 +26,9 @@ def check_answers(record: RunRecord) -> list[Check]:
 
 
 def find_answers(record: RunRecord, file: Mapping[str, Any]) -> Path:
-    """Return where a file of answers lies: where it was written, seen from the run's folder, or in it."""
-    beside = record.folder / file["answers"]
-    return beside if beside.is_file() else record.folder / Path(file["answers"]).name
+    """Return where a file of answers lies: in the folder, as in a submission, or where it was written."""
+    inside = record.folder / Path(file["answers"]).name
+    return inside if inside.is_file() else record.folder / file["answers"]
 
 
 def find_queries(record: RunRecord, file: Mapping[str, Any]) -> Path | None:

@@ -94,7 +94,7 @@ def check_record(record: RunRecord) -> list[Check]:
         _check_coefficients(record),
         _check_repeats(record),
         _check_winner(record),
-        _check_ending(record),
+        check_ending(record),
     ]
 
 
@@ -137,6 +137,7 @@ def _check_repeats(record: RunRecord) -> Check:
     provenance, objective = document.get("provenance", {}), document.get("objective", {})
     expected: dict[str, Any] = {
         "base": _identity(header["base"]),
+        "order": [adapter["name"] for adapter in header["adapters"]],
         "adapters": {adapter["name"]: _identity(adapter) for adapter in header["adapters"]},
         "groups": " ".join(header["groups"]),
         "seed": header["seed"],
@@ -155,6 +156,7 @@ def _check_repeats(record: RunRecord) -> Check:
         expected["evaluations"] = ended["evaluations"]
     found = {
         "base": _identity(document["base"]),
+        "order": [adapter["name"] for adapter in document["adapters"]],
         "adapters": {adapter["name"]: _identity(adapter) for adapter in document["adapters"]},
         "groups": " ".join(document["groups"]),
         "objective": objective,
@@ -185,7 +187,7 @@ def _check_winner(record: RunRecord) -> Check:
     return tell_differences("winner", found, f"{winner}, of {len(names)} finalists")
 
 
-def _check_ending(record: RunRecord) -> Check:
+def check_ending(record: RunRecord) -> Check:
     """Say whether the same run again has to end as this one did: whether the clock had a say."""
     trace, reasons = record.trace, []
     ended, finalists = trace.last("search_ended"), record.finalists

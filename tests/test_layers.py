@@ -44,7 +44,7 @@ LAYERS = (
     {"balance", "forecast", "merge", "parts", "population", "progress", "reserves", "resume", "stages"}
     | {"summary"},
     {"compress", "delivery", "diagnosis", "drafts", "folding", "planning", "trust", "verify_record"},
-    {"diagnosis_text", "export", "prompts", "verify_answers"},
+    {"diagnosis_text", "export", "prompts", "statement", "verify_answers"},
     {"experts"},
     {"passes"},
     {"evaluate"},
@@ -54,6 +54,7 @@ LAYERS = (
     {"footprint", "phases", "stand_ins", "verify_scores"},
     {"doctor", "run", "submission", "verify"},
     {"bundle"},
+    {"handing_in", "options"},
     {"__init__", "__main__"},
 )
 """A file of search/ imports only from layers above its own here."""
