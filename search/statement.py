@@ -55,7 +55,7 @@ def _rules(record: RunRecord, n_lines: int) -> Iterator[tuple[str, str]]:
         "One file.",
         (
             f"MyMerge.py ({n_lines} lines, plain source) goes in place of `llm_merging/merging/MyMerge.py` "
-            "of the starter kit; no other file changes. It searches anew there, with the settings of this run."
+            "of the starter kit; no other file changes. It searches anew there, with this run's settings."
         ),
     )
     yield "No data.", _data(record)
