@@ -24,8 +24,9 @@ from search.trace import Trace, TraceWriter
 from search.verify_record import RunRecord
 from search.verify_search import Terms, check_search, is_near
 
-TOLERANCE, NARROW_TOLERANCE = 1e-3, 0.03
-"""Of losses where bits need not come out again; the latter where one side computes in 16 bits."""
+TOLERANCE, NARROW_TOLERANCE = 1e-4, 0.01
+"""Of losses where bits need not come out again; the latter where one side computes in 16 bits. On a CPU and
+the embedded zoo other vector instructions moved a loss by 1e-6, float16 by 1e-5, bfloat16 by 2e-4."""
 SUMS_TOLERANCE = 1e-6
 """Of a loss whose sums were taken in another order: one of the search's own, raced block by block."""
 _COMPARED = {

@@ -152,7 +152,7 @@ MUTATIONS = {
         change_version_everywhere,
         {
             "versions": r"differs: torch recorded 2\.2\.2, found ",
-            "loss": "ok: .*: within 0.001, other versions",
+            "loss": "ok: .*: within 0.0001, other versions",
         },
     ),
     "a coefficient in coefficients.json": (
@@ -358,8 +358,8 @@ def test_a_run_on_other_threads_is_repeated_on_as_many(run, capsys, monkeypatch)
     code, lines, _ = verify(capsys, run)
     assert asked == [3, torch.get_num_threads()]
     assert code == 0
-    assert lines["loss"].endswith("within 0.001, other cpu")  # since the threads were not really set
-    assert "not written again (within 0.001, other cpu)" in lines["prompts"]
+    assert lines["loss"].endswith("within 0.0001, other cpu")  # since the threads were not really set
+    assert "not written again (within 0.0001, other cpu)" in lines["prompts"]
 
 
 def test_what_the_clock_or_memory_decided_is_told(run, capsys):
