@@ -13,16 +13,21 @@ from typing import Any
 from search.checks import Check, compare, tell_differences
 from search.errors import InputError
 from search.files import sha256_file
-from search.verify_record import RunRecord
+from search.verify_record import RunRecord, refuse_damage
 
 COLUMNS_OF_ANSWERS = ["id", "prediction", "dummy_field"]
 
 
 def check_answers(record: RunRecord) -> list[Check]:
-    """Check each file of answers that the run recorded."""
+    """Check each file of answers that the run recorded.
+
+    Raises:
+        InputError: where the trace lacks what a run writes.
+    """
     if (answered := record.trace.last("answered")) is None:
         return [Check("answers", "note", "the run answered no queries")]
-    return [_check_file(record, file) for file in answered["files"]]
+    with refuse_damage(record):
+        return [_check_file(record, file) for file in answered["files"]]
 
 
 def find_answers(record: RunRecord, file: Mapping[str, Any]) -> Path:

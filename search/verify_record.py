@@ -5,7 +5,8 @@ Knows a run's folder, trace and coefficients.json; not weights, prompts or model
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -87,18 +88,36 @@ def read_run(folder: Path) -> RunRecord:
 
 
 def check_record(record: RunRecord) -> list[Check]:
-    """Check what needs no weights."""
-    return [
-        check_config(record.header),
-        *_check_code(record.header),
-        _check_coefficients(record),
-        _check_repeats(record),
-        _check_winner(record),
-        check_ending(record),
-    ]
+    """Check what needs no weights.
+
+    Raises:
+        InputError: where the trace lacks what a run writes.
+    """
+    with refuse_damage(record):
+        return [
+            _check_config(record.header),
+            *_check_code(record.header),
+            _check_coefficients(record),
+            _check_repeats(record),
+            _check_winner(record),
+            check_ending(record),
+        ]
 
 
-def check_config(header: Mapping[str, Any]) -> Check:
+@contextmanager
+def refuse_damage(record: RunRecord) -> Iterator[None]:
+    """Turn what reading a line without its fields raises into an InputError."""
+    try:
+        yield
+    except InputError:
+        raise
+    except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
+        raise InputError(
+            f"{record.folder / TRACE_FILE}: a line lacks what a run writes there ({error!r}). Restore the file."
+        ) from error
+
+
+def _check_config(header: Mapping[str, Any]) -> Check:
     """Hold the recorded configuration against its recorded hash, and what repeats it."""
     config = header["config"]
     text = json.dumps(config, sort_keys=True)

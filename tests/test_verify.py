@@ -170,6 +170,19 @@ MUTATIONS = {
         change_coefficients_everywhere,
         {"coefficients": "ok", "loss": r"differs: loss recorded 0\.\d+, found 0\.\d+; per_expert"},
     ),
+    "an adapter in coefficients.json": (
+        lambda run: edit_json(
+            run / "coefficients.json", lambda d: [d["adapters"].pop(), d["coefficients"][0].pop()]
+        ),
+        {
+            "coefficients": r"differs: coefficients.json \(groups, adapters\) recorded \[1, 3\], found \[1, 2\]",
+            "coefficients.json": "differs: adapters.expert-2.sha256 recorded",
+        },
+    ),
+    "the order of adapters in coefficients.json": (
+        lambda run: edit_json(run / "coefficients.json", lambda d: d["adapters"].reverse()),
+        {"coefficients.json": "differs: order.0 recorded expert-0, found expert-2"},
+    ),
     "the loss in coefficients.json": (
         lambda run: edit_json(run / "coefficients.json", lambda d: d["objective"].update(loss=0.5)),
         {"coefficients.json": "differs: objective.loss recorded 0.*, found 0.5"},
@@ -185,6 +198,30 @@ MUTATIONS = {
     "the winner": (
         lambda run: edit_line(run, "finalists", lambda d: d.update(winner="uniform")),
         {"winner": "differs: verdict recorded outside bounds, found winner; lowest loss is of"},
+    ),
+    "who was merged": (
+        lambda run: edit_line(run, "merged", lambda d: d.update(winner="mean")),
+        {"winner": "differs: merged recorded mean, found archive 1"},
+    ),
+    "a reference's loss": (
+        lambda run: edit_line(run, "references", lambda d: nudge(d["losses"])),
+        {"references": "differs: losses recorded"},
+    ),
+    "an expert's distance": (
+        lambda run: edit_line(run, "signals", lambda d: nudge(d["peak_kl_nats"])),
+        {"references": "differs: peak_kl_nats recorded"},
+    ),
+    "the start": (
+        lambda run: edit_line(run, "search", lambda d: nudge(d["start"])),
+        {"search": "differs: generation 0 of the trace cannot be repeated"},
+    ),
+    "the best loss": (
+        lambda run: edit_line(run, "search_ended", lambda d: d.update(best_loss=0.1)),
+        {"search": "differs: best_loss recorded 0.1, found 0"},
+    ),
+    "the number of evaluations": (
+        lambda run: edit_line(run, "search_ended", lambda d: d.update(evaluations=19)),
+        {"search": "differs: evaluations recorded 19, found 18", "coefficients.json": "differs: evaluations"},
     ),
     "the text of a prompt": (
         lambda run: edit_line(run, "prompts", lambda d: d["unseen"][1].update(text="mine")),
@@ -230,6 +267,10 @@ MUTATIONS = {
         lambda run: flip_byte(run.parents[1] / "base/tokenizer.json"),
         {"base .*": r"differs: text_sha256 recorded \w{12}, found \w{12}$"},
     ),
+    "a rank in coefficients.json": (
+        lambda run: edit_json(run / "coefficients.json", lambda d: d["adapters"][0].update(rank=[9])),
+        {"scalings": r"differs: expert-0 rank recorded \[9\], found \[\d+\]"},
+    ),
     "a module's group": (
         lambda run: edit_json(run / "coefficients.json", lambda d: d["groups"]["model"].pop()),
         {"groups": "differs: model recorded"},
@@ -241,6 +282,10 @@ MUTATIONS = {
     "a deleted answer": (
         change_answers(lambda rows: rows[:2] + rows[3:]),
         {"answers .*": "differs: rows recorded 3, found 2; ids differ: no id 2; sha256 recorded"},
+    ),
+    "a column of the answers": (
+        change_answers(lambda rows: [["id", "prediction", "score"], *rows[1:]]),
+        {"answers .*": "differs: columns recorded"},
     ),
     "an empty answer": (
         change_answers(lambda rows: [*rows[:-1], [rows[-1][0], " ", "0"]]),
@@ -317,6 +362,22 @@ def test_what_is_no_finished_run_is_refused_in_a_line(run, capsys, tmp_path):
     assert "trace.jsonl: no trace: its first line is no header" in refusal(capsys, run)
 
 
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("finalists", lambda line: line.update(winner="nobody")),
+        ("finalists", lambda line: line.pop("verdicts")),
+        ("merged", lambda line: line.pop("ended_by")),
+        ("answered", lambda line: line["files"][0].pop("rows")),
+    ],
+)
+def test_a_trace_that_lacks_something_is_refused_in_a_line(run, capsys, name, change):
+    edit_line(run, name, change)
+    code, lines, document = verify(capsys, run)
+    assert (code, document) == (2, None)
+    assert "trace.jsonl: a line lacks what a run writes there (" in lines["error"]
+
+
 def test_a_folder_that_is_gone_is_refused_and_one_that_moved_is_found_from_the_working_directory(
     work, run, capsys, monkeypatch
 ):
@@ -360,6 +421,27 @@ def test_a_run_on_other_threads_is_repeated_on_as_many(run, capsys, monkeypatch)
     assert code == 0
     assert lines["loss"].endswith("within 0.0001, other cpu")  # since the threads were not really set
     assert "not written again (within 0.0001, other cpu)" in lines["prompts"]
+
+
+def test_a_start_that_the_adapters_do_not_give_is_named_though_the_search_follows_from_it(
+    run, capsys, monkeypatch
+):
+    def lift(line):
+        line["start"][0][0] += 1
+
+    with monkeypatch.context() as patched:  # any start asks for the recorded genomes
+        patched.setattr("search.loop.np.array_equal", lambda *_: True)
+        edit_line(run, "search", lift)
+        lines = verify(capsys, run)[1]
+    assert lines["search"].startswith("differs: start recorded [[")
+
+
+def test_the_commit_is_a_note_and_no_difference(run, capsys, monkeypatch):
+    monkeypatch.setattr("search.verify_record.checkout_commit", lambda: "f" * 40 + "-dirty")
+    edit_line(run, "header", lambda line: line.update(commit="0" * 40))
+    code, lines, _ = verify(capsys, run)
+    assert code == 0
+    assert lines["commit"] == "note: recorded 000000000000, found ffffffffffff-dirty"
 
 
 def test_what_the_clock_or_memory_decided_is_told(run, capsys):
