@@ -113,7 +113,7 @@ def refuse_damage(record: RunRecord) -> Iterator[None]:
         raise
     except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
         raise InputError(
-            f"{record.folder / TRACE_FILE}: a line lacks what a run writes there ({error!r}). Restore the file."
+            f"{record.folder / TRACE_FILE}: a line lacks what a run writes there ({error!r}). Restore it."
         ) from error
 
 

@@ -175,7 +175,7 @@ MUTATIONS = {
             run / "coefficients.json", lambda d: [d["adapters"].pop(), d["coefficients"][0].pop()]
         ),
         {
-            "coefficients": r"differs: coefficients.json \(groups, adapters\) recorded \[1, 3\], found \[1, 2\]",
+            "coefficients": r"differs: coefficients.json \(groups, adapters\) recorded \[1, 3\], found",
             "coefficients.json": "differs: adapters.expert-2.sha256 recorded",
         },
     ),
