@@ -12,7 +12,7 @@ from search.bundle import QUERIES_AHEAD
 def add_verify_options(command: argparse.ArgumentParser) -> None:
     """Take a run's folder, and how much of it is done again."""
     command.add_argument("folder", type=Path, metavar="RUN", help="folder that holds trace.jsonl")
-    command.add_argument("--refine", action="store_true", help="take the gradient steps again, too")
+    command.add_argument("--refine", action="store_true", help="take the winner's gradient steps again, too")
 
 
 def add_submission_options(command: argparse.ArgumentParser) -> None:

@@ -28,7 +28,7 @@ def verify_run(folder: Path, *, refine: bool = False) -> Iterator[Check]:
     Args:
         folder: that `python -m search run` or llm_merging/main.py left behind: trace.jsonl, coefficients.json
             and, if they are there, the adapter and what was answered.
-        refine: take the recorded gradient steps again, too; takes about as long as they took.
+        refine: take the recorded gradient steps again, too, where they gave the winner.
 
     Raises:
         InputError: for a folder that holds no finished run.

@@ -54,7 +54,7 @@ def check_search(
 
     Args:
         trace: for what replaying writes.
-        refine: take the recorded gradient steps again.
+        refine: take the recorded gradient steps again, where they gave the winner.
     """
     started = record.trace.last("search") or {}
     start = steering.confine(setup.first.start)
@@ -70,7 +70,8 @@ def check_search(
     fine = f"{found.evaluations} candidates in {found.generations} generations asked for again"
     tables = {finalist.name: finalist.coefficients for finalist in steering.references}
     tables |= {f.name: f.coefficients for f in make_candidates(found.archive, found.mean, None)}
-    if refine and (refined := _refine(setup, steering, record, found, trace)) is not None:
+    is_refined = (record.finalists or {}).get("winner") == "refined"
+    if refine and is_refined and (refined := _refine(setup, steering, record, found, trace)) is not None:
         tables["refined"] = refined
     return [tell_differences("search", differences, fine), _check_winner_again(tables, record, terms)]
 
