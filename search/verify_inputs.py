@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from search.adapters import CONFIG_FILE, PICKLE_FILE, WEIGHTS_FILE, load_adapter
 from search.base import hash_texts, hash_weights
-from search.checks import Check, compare, compare_all, tell_differences
+from search.checks import Check, compare, compare_all, show, tell_differences
 from search.config import SearchConfig, rebuild_config
 from search.delivery import ADAPTER_FOLDER
 from search.dummy import is_dummy
@@ -78,9 +78,9 @@ def _check_hashes(
     name: str, recorded: Mapping[str, Any], find: Callable[[], Mapping[str, str | None]]
 ) -> Check:
     try:
-        return tell_differences(name, compare_all(recorded, find()), f"sha256 {str(recorded['sha256'])[:12]}")
+        return tell_differences(name, compare_all(recorded, find()), f"sha256 {show(recorded['sha256'])}")
     except InputError as error:
-        return Check(name, "differs", f"recorded {str(recorded['sha256'])[:12]}, found {error}")
+        return Check(name, "differs", f"recorded {show(recorded['sha256'])}, found {error}")
 
 
 def _hash_base(config: SearchConfig) -> dict[str, str | None]:

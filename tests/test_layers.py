@@ -59,7 +59,17 @@ LAYERS = (
 )
 """A file of search/ imports only from layers above its own here."""
 TORCH_FREE = {
-    *("archive", "card", "config", "diagnosis", "diagnosis_text", "errors", "figures", "figures_genomes"),
+    *(
+        "archive",
+        "card",
+        "checks",
+        "config",
+        "diagnosis",
+        "diagnosis_text",
+        "errors",
+        "figures",
+        "figures_genomes",
+    ),
     *("files", "finalists", "finding", "forecast", "gradient", "groups", "interruption", "locate", "loop"),
     *(
         "movement",
