@@ -12,6 +12,9 @@ from typing import Any, Literal
 Mark = Literal["ok", "differs", "note"]
 SHOWN = 3
 """Differences that a line shows."""
+MOST_SHOWN = 80
+"""Characters of a value that a line shows."""
+_PLAIN = re.compile(r"[\w./:+, -]{1,80}")
 _HASH = re.compile(r"[0-9a-f]{40,64}(-dirty)?")
 
 
@@ -51,10 +54,12 @@ def compare_all(recorded: Mapping[str, Any], found: Mapping[str, Any]) -> list[s
 
 
 def show(value: Any) -> str:
-    """Write a value as a line has room for it: hashes by their beginning."""
+    """Write a value as a line has room for it: hashes by their beginning, odd text in quotes."""
     if value is None:
         return "none"
-    if isinstance(value, str):
-        return value[:12] + "-dirty" * value.endswith("-dirty") if _HASH.fullmatch(value) else value
+    if isinstance(value, str) and _HASH.fullmatch(value):
+        return value[:12] + "-dirty" * value.endswith("-dirty")
+    if isinstance(value, str) and _PLAIN.fullmatch(value):
+        return value
     text = json.dumps(value, default=str)
-    return text if len(text) <= 80 else text[:77] + "..."
+    return text if len(text) <= MOST_SHOWN else text[: MOST_SHOWN - 3] + "..."

@@ -65,7 +65,7 @@ def check_inputs(config: SearchConfig, header: Mapping[str, Any]) -> list[Check]
                 raise InputError("no such adapter in the configuration")
             return {"sha256": _hash_adapter(configured)}
 
-        checks.append(_check_hashes(f"adapter {adapter['name']}", {"sha256": adapter["sha256"]}, found))
+        checks.append(_check_hashes(f"adapter {show(adapter['name'])}", {"sha256": adapter["sha256"]}, found))
     if header.get("prior"):
         prior = {"sha256": header["prior"]["sha256"]}
         checks.append(

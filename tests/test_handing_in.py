@@ -28,6 +28,12 @@ def run(work, tmp_path):
     return copy_work(work, tmp_path / "there")
 
 
+@pytest.fixture
+def quick(monkeypatch):
+    """Bundles that take no time."""
+    monkeypatch.setattr("search.handing_in.write_bundle", lambda *_: "a line\n")
+
+
 def submit(capsys, run, output, *arguments):
     code = program.main(["submission", str(run), "-o", str(output), *arguments])
     out, err = capsys.readouterr()
@@ -54,7 +60,7 @@ def test_bundle_answers_trace_coefficients_and_readme_are_there_and_verify(
     assert program.main(["verify", str(output)]) == 0
 
 
-def test_the_readme_says_how_each_rule_was_kept_from_the_run_itself(run, tmp_path, capsys):
+def test_the_readme_says_how_each_rule_was_kept_from_the_run_itself(run, tmp_path, capsys, quick):
     submit(capsys, run, tmp_path / "submission")
     text = (tmp_path / "submission/README.md").read_text()
     header, *_, answered = map(json.loads, (run / "trace.jsonl").read_text().splitlines())
@@ -82,7 +88,7 @@ def test_the_readme_says_how_each_rule_was_kept_from_the_run_itself(run, tmp_pat
     assert all(len(line) < 700 for line in text.splitlines())
 
 
-def test_what_was_not_as_wanted_is_said_too(run, tmp_path, capsys):
+def test_what_was_not_as_wanted_is_said_too(run, tmp_path, capsys, quick):
     left_out = {"broken": "its update is 9 times as large"}
     edit_line(run, "header", lambda line: line.update(left_out=left_out))
     edit_json(run / "coefficients.json", lambda d: d["provenance"].update(left_out=left_out))
@@ -147,12 +153,14 @@ def test_a_run_that_cannot_be_handed_in_is_refused_and_nothing_is_written(
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_other_versions_than_the_runs_are_no_reason_not_to_hand_it_in(run, tmp_path, capsys, monkeypatch):
+def test_other_versions_than_the_runs_are_no_reason_not_to_hand_it_in(
+    run, tmp_path, capsys, quick, monkeypatch
+):
     monkeypatch.setattr("search.verify_record.library_versions", dict)
     assert submit(capsys, run, tmp_path / "submission")[0] == 0
 
 
-def test_an_earlier_submission_is_replaced_and_anything_else_is_left_alone(run, tmp_path, capsys):
+def test_an_earlier_submission_is_replaced_and_anything_else_is_left_alone(run, tmp_path, capsys, quick):
     output = tmp_path / "submission"
     assert submit(capsys, run, output)[0] == 0
     (output / "coefficients.json").write_text("old")
@@ -171,7 +179,7 @@ def test_an_earlier_submission_is_replaced_and_anything_else_is_left_alone(run, 
     assert submit(capsys, run, output)[0] == 0
 
 
-def test_a_disk_that_is_full_leaves_nothing_half_written(run, tmp_path, capsys, monkeypatch):
+def test_a_disk_that_is_full_leaves_nothing_half_written(run, tmp_path, capsys, quick, monkeypatch):
     def fill_up(*_):
         raise OSError(28, "No space left on device")
 
