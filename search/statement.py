@@ -85,8 +85,15 @@ def _data(record: RunRecord) -> str:
         f"None was used: no label, no score on a task, no row of a data set. The search ran on {n_prompts} "
         f"prompts that base and experts wrote, {from_skeleton} of them from skeletons: trace.jsonl has all "
         f"(sha256 {prompts['sha256'][:12]}), and its first line the skeletons. The queries were opened to be "
-        "answered, and to measure how long that takes."
+        f"answered, and to measure how long that takes.{_prior(record.header)}"
     )
+
+
+def _prior(header: Mapping[str, Any]) -> str:
+    if not header.get("prior"):
+        return ""
+    sha256 = header["prior"]["sha256"]
+    return f" It started from a prior, learnt from earlier searches (file of sha256 {sha256[:12]})."
 
 
 def _time(record: RunRecord) -> str:

@@ -11,7 +11,7 @@ from search.bundle import write_bundle
 from search.config import load_config
 from search.files import sha256_file
 from tests.test_verify import change_answers, cut_after
-from tests.verifying import copy_work, edit_json, edit_line, make_work, run_job
+from tests.verifying import RUN, copy_work, edit_json, edit_line, make_work, run_job
 
 
 @pytest.fixture(scope="module")
@@ -92,12 +92,14 @@ def test_what_was_not_as_wanted_is_said_too(run, tmp_path, capsys, quick):
     left_out = {"broken": "its update is 9 times as large"}
     edit_line(run, "header", lambda line: line.update(left_out=left_out))
     edit_json(run / "coefficients.json", lambda d: d["provenance"].update(left_out=left_out))
+    edit_line(run, "header", lambda line: line.update(prior={"source": "p.json", "sha256": "ab" * 32}))
     late = {"job_s": 4000.0, "cut": 3, "placeholders": 4, "peak_bytes": 2**31, "choice_scoring": "kit"}
     edit_line(run, "answered", lambda line: line.update(late))
     assert submit(capsys, run, tmp_path / "submission")[0] == 0
     text = (tmp_path / "submission/README.md").read_text()
     for said in (
         "left out: broken (its update is 9 times as large).",
+        "It started from a prior, learnt from earlier searches (file of sha256 abababababab).",
         "4000 s from the start",
         "BEYOND the hour",
         "At most 2.0 GiB of the GPU's memory in tensors",
@@ -105,6 +107,17 @@ def test_what_was_not_as_wanted_is_said_too(run, tmp_path, capsys, quick):
         "3 generations were cut for want of time and 4 queries not read; choices are scored as the kit does.",
     ):
         assert said in text
+
+
+def test_a_run_that_had_no_time_to_search_says_so(tmp_path, capsys, quick):
+    folder = make_work(tmp_path / "here", time_box_s=1.0)
+    assert run_job(folder) == 0
+    capsys.readouterr()
+    assert submit(capsys, folder / RUN, tmp_path / "submission")[0] == 0
+    text = (tmp_path / "submission/README.md").read_text()
+    assert "The merge that won is `balanced`" in text
+    assert "How it ended: no time to search" in text
+    assert "Nothing was searched, for want of time, so nothing was compared." in text
 
 
 REFUSED = {
