@@ -11,7 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from search.provenance import checkout_commit
+from search.provenance import checkout_commit, cpu_model
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks/results.jsonl"
@@ -28,16 +28,6 @@ def describe_machine(n_cores: int | None = None) -> dict[str, Any]:
         "machine": f"{platform.machine()} {cpu_model()}, {os.cpu_count()} cores",
         **pinned,
     }
-
-
-def cpu_model(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
-    """Return the name that the CPU gives itself, "CPU" where the system does not tell."""
-    try:
-        lines = cpuinfo.read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return "CPU"
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else "CPU"
 
 
 @cache

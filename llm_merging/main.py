@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from transformers.utils import logging as transformers_logging
 
+from llm_merging.answered import Account, record_answers
 from llm_merging.data import Query, read_queries
 from llm_merging.deadline import UNKNOWN, AnswerRates, Deadline
 from llm_merging.evaluation import (
@@ -87,7 +88,8 @@ def run(arguments: argparse.Namespace) -> int:
     method.merge()
     method.save_model(method.output)
     tell_merge(method)
-    answers.write(arguments.output_folder, config.search.time_box_s)
+    account = answers.write(arguments.output_folder, config.search.time_box_s)
+    record_answers(method, account, seconds_gone())
     ended = f", search ended by {method.ended_by}" if method.ended_by else ""
     print(f"done in {seconds_gone():.0f} s{ended}")
     return 130 if method.ended_by == "interrupt" else 0
@@ -107,11 +109,12 @@ class Answers:
         self.rates = measure_rates(self.method, self._queries())
         return estimate_seconds(self.method, self._queries(), self.rates)
 
-    def write(self, folder: Path, time_box_s: float) -> None:
+    def write(self, folder: Path, time_box_s: float) -> Account:
         """Answer the queries of all files together, within the time box, and write a file for each."""
         deadline, started_s = self._deadline(time_box_s), seconds_gone()
         predictions = answer_queries(self.method, self._queries(), deadline=deadline)
         seconds = seconds_gone() - started_s
+        files = [(path, folder / path.name, len(queries)) for path, queries in self.datasets.items()]
         for path, queries in self.datasets.items():
             own, predictions = predictions[: len(queries)], predictions[len(queries) :]
             write_predictions(folder / path.name, queries, own)
@@ -119,6 +122,7 @@ class Answers:
         print(f"answers took {seconds:.1f} s, of the time box are {time_box_s - seconds_gone():.1f} s left")
         if told := deadline.describe():
             print(told)
+        return Account(files, deadline.n_shortened, deadline.n_guessed, seconds)
 
     def _queries(self) -> list[Query]:
         return [query for queries in self.datasets.values() for query in queries]

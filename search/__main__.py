@@ -1,4 +1,4 @@
-"""The command: `python -m search run | resume | priors | merge | report | doctor | pin | bundle`.
+"""`python -m search`: run, resume, priors, merge, report, doctor, pin, bundle, verify, submission.
 
 Knows arguments, exit codes (0 done, 1 failed, 2 bad input, 130 interrupted) and what is printed: one line of
 JSON on stdout at the end, everything else on stderr.
@@ -19,13 +19,15 @@ from typing import Any, NoReturn
 
 from transformers.utils import logging as transformers_logging
 
-from search.bundle import QUERIES_AHEAD, write_bundle
+from search.bundle import write_bundle
 from search.config import SearchConfig, load_config, rebuild_config
 from search.diagnosis_text import describe_diagnosis, diagnosis_document
 from search.doctor import examine
 from search.errors import InputError
 from search.export import export_merge
 from search.files import atomic_write
+from search.handing_in import hand_in
+from search.options import add_queries_ahead, add_submission_options, add_verify_options
 from search.pin import pin_config
 from search.prior_learning import learn_prior
 from search.priors import save_prior
@@ -34,6 +36,7 @@ from search.report import write_report
 from search.run import run_search
 from search.timebox import seconds_of_process
 from search.trace import Trace
+from search.verify import conclude, verify_run
 
 Outcome = tuple[dict[str, Any], int]
 """What the JSON line says, and the exit code."""
@@ -93,6 +96,7 @@ def parse_command(argv: Sequence[str] | None) -> argparse.Namespace:
 
     _add_searches(add)
     _add_readers(add)
+    _add_accounts(add)
     return parser.parse_args(argv)
 
 
@@ -151,13 +155,7 @@ def _add_bundle(add: Callable[..., Any]) -> None:
     bundle.add_argument("config", type=Path, nargs="?", default=default, metavar="CONFIG", help=str(default))
     bundle.add_argument("-o", dest="output", type=Path, required=True, metavar="FILE")
     bundle.add_argument("--prior", type=Path, metavar="FILE", help="of `priors`, known by adapters' names")
-    bundle.add_argument(
-        "--queries-ahead",
-        type=int,
-        default=QUERIES_AHEAD,
-        metavar="N",
-        help="queries that time is left for, answered one at a time after the merge; default: %(default)s",
-    )
+    add_queries_ahead(bundle)
 
 
 def _add_readers(add: Callable[..., Any]) -> None:
@@ -191,6 +189,39 @@ def _add_readers(add: Callable[..., Any]) -> None:
     )
     report.add_argument("traces", type=Path, nargs="+", metavar="TRACE")
     report.add_argument("-o", dest="output", type=Path, required=True, metavar="FILE")
+
+
+def _add_accounts(add: Callable[..., Any]) -> None:
+    """The commands that hold a finished run to account."""
+    verify = add(
+        "verify",
+        verify_command,
+        "hold a finished run against its inputs: hashes, versions, the search replayed, the winner's loss",
+        "verify output/my_merge",
+    )
+    add_verify_options(verify)
+    submission = add(
+        "submission",
+        submission_command,
+        "make the folder to hand in: bundle, checked answers, trace, coefficients, and how each rule is kept",
+        "submission output/my_merge -o submission",
+    )
+    add_submission_options(submission)
+
+
+def verify_command(arguments: argparse.Namespace) -> Outcome:
+    """Verify a run, a line a check."""
+    checks = []
+    for check in verify_run(arguments.folder, refine=arguments.refine):
+        checks.append(check)
+        print(check, file=sys.stderr, flush=True)
+    document = conclude(arguments.folder, checks)
+    return document, 0 if document["ok"] else 1
+
+
+def submission_command(arguments: argparse.Namespace) -> Outcome:
+    """Write a submission's folder."""
+    return hand_in(arguments.folder, arguments.output, queries_ahead=arguments.queries_ahead), 0
 
 
 def run_command(arguments: argparse.Namespace) -> Outcome:

@@ -3,6 +3,7 @@
 Knows folders, hub ids, dtypes and devices; not adapters, prompts or the configuration.
 """
 
+import json
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -32,6 +33,8 @@ class LoadedBase:
     """The resolved commit for a hub id, else None."""
     sha256: str | None
     """Hash of the weight files' hashes; None for a model that was never a file."""
+    text_sha256: str | None = None
+    """Of `hash_texts`, likewise."""
 
 
 def load_base(
@@ -59,7 +62,8 @@ def load_base(
         note_unpinned([(f"base {source!r}", revision, fetched.commit)])
     _check_weights_exist(source, fetched.folder)
     model = _load_model(source, fetched.folder, chosen_device, chosen_dtype).eval().requires_grad_(False)
-    return LoadedBase(model, tokenizer, source, fetched.commit, hash_weights(fetched.folder))
+    folder = fetched.folder
+    return LoadedBase(model, tokenizer, source, fetched.commit, hash_weights(folder), hash_texts(folder))
 
 
 def load_tokenizer(source: str, *, revision: str | None = None) -> Any:
@@ -168,6 +172,12 @@ def hash_weights(folder: Path) -> str | None:
     """Hash the sorted SHA-256 of a folder's safetensors files; None where there is none."""
     hashes = sorted(hash_file(path) for path in folder.glob("*.safetensors"))
     return sha256("".join(hashes).encode()).hexdigest() if hashes else None
+
+
+def hash_texts(folder: Path) -> str | None:
+    """Hash names and SHA-256 of a folder's configuration and tokenizer files; None where there is none."""
+    found = {path.name: hash_file(path) for pattern in TEXT_FILES for path in folder.glob(pattern)}
+    return sha256(json.dumps(sorted(found.items())).encode()).hexdigest() if found else None
 
 
 def _fetch(source: str, revision: str | None, *, weights: bool = False) -> Fetched:

@@ -55,7 +55,7 @@ def write_card(
     kind = "model" if rank is None else "LoRA adapter"
     parts = (
         f"---\n{_head(base_name, dense=rank is None)}---\n{_CARD_MARK}",
-        f"# {len(document['adapters'])} LoRA experts of {_text(base_name)}, merged into one {kind}",
+        f"# {len(document['adapters'])} LoRA experts of {escape_text(base_name)}, merged into one {kind}",
         _summary(document, rank, relative_error, worst),
         _usage(document["base"], base_name, rank),
         "## Coefficients",
@@ -87,7 +87,7 @@ def _summary(
 ) -> str:
     lines = [
         "The update of each weight is the sum over the adapters below of coefficient x scaling x B A, exact: "
-        f"no cross terms. Method: {_text(document['method'])}; no data was used."
+        f"no cross terms. Method: {escape_text(document['method'])}; no data was used."
     ]
     if rank is None:
         lines.append("The sum is added to the base's own weights, so nothing else is needed to run it.")
@@ -100,7 +100,7 @@ def _summary(
             f"It leaves out {relative_error:.3g} of the sum (relative Frobenius norm)."
         )
     if worst is not None:
-        lines.append(f"The module that loses most is {_text(worst[0])}: {worst[1]:.3g} of its update.")
+        lines.append(f"The module that loses most is {escape_text(worst[0])}: {worst[1]:.3g} of its update.")
     return "\n".join(lines)
 
 
@@ -154,13 +154,13 @@ def _coefficients(document: dict[str, Any]) -> str:
     rows = [[a["name"], *map(_number, c)] for a, c in zip(document["adapters"], columns, strict=True)]
     left = document["objective"].get("per_expert")
     if not isinstance(left, Sequence) or len(left) != len(rows):
-        return note + _table(["adapter", *header], rows)
+        return note + markdown_table(["adapter", *header], rows)
     rows = [[*row, _number(value)] for row, value in zip(rows, left, strict=True)]
     legend = (
         "\n\nDisagreement of the exact sum with each expert on its own text, over that of the base: "
         "0 is the expert itself, 1 no closer than the base."
     )
-    return note + _table(["adapter", *header, "disagreement"], rows) + legend
+    return note + markdown_table(["adapter", *header, "disagreement"], rows) + legend
 
 
 def _experts(adapters: Iterable[dict[str, Any]]) -> str:
@@ -175,7 +175,7 @@ def _experts(adapters: Iterable[dict[str, Any]]) -> str:
         ]
         for a in adapters
     ]
-    return _table(["adapter", "source", "revision", "sha256 of its weights", "rank", "scaling"], rows)
+    return markdown_table(["adapter", "source", "revision", "sha256 of its weights", "rank", "scaling"], rows)
 
 
 def _provenance(document: dict[str, Any]) -> str:
@@ -185,7 +185,7 @@ def _provenance(document: dict[str, Any]) -> str:
     facts = {"base": f"{base.get('id')}{revision}{digest}", **document["provenance"]}
     objective = {key: value for key, value in document["objective"].items() if key != "per_expert"}
     facts |= {"objective": objective} if objective else {}
-    return "\n".join(f"- {_text(key)}: {_text(_flat(value))}" for key, value in facts.items())
+    return "\n".join(f"- {escape_text(key)}: {escape_text(_flat(value))}" for key, value in facts.items())
 
 
 def _flat(value: Any) -> str:
@@ -194,15 +194,16 @@ def _flat(value: Any) -> str:
     return _number(value) if isinstance(value, float) else "unknown" if value is None else str(value)
 
 
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Write a table whose cells are text."""
     cells = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(map(_text, row))} |" for row in cells)
+    return "\n".join(f"| {' | '.join(map(escape_text, row))} |" for row in cells)
 
 
 def _number(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, int | float) else "not finite"
 
 
-def _text(text: str) -> str:
+def escape_text(text: str) -> str:
     """Keep text from being read as Markdown or HTML, or from leaving its line."""
     return re.sub(r"([\\`*_\[\]<>|])", r"\\\1", " ".join(str(text).split()))

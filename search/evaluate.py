@@ -19,6 +19,7 @@ from search.errors import InputError
 from search.experts import ExpertSignals, TokenBudget, default_token_budget
 from search.groups import Groups
 from search.loop import Scores
+from search.memory import reset_peak
 from search.objective import Objective, combine_experts, normalise, objective_label, smooth_part, sum_by_index
 from search.passes import Passes
 from search.population import folded_weights, mixed_weights, send
@@ -117,7 +118,7 @@ class PopulationEvaluator:
     def score_blocks(self, coefficients: FloatArray, blocks: ArrayLike) -> BlockScores:
         """Score coefficients (n_candidates, n_groups, n_adapters) on some blocks, whose sums add up."""
         if self._model.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self._model.device)
+            reset_peak(self._model.device)
         prompts = np.flatnonzero(np.isin(self._block_of, blocks))
         sums = self._prompt_sums(self._scoring.objective, coefficients, prompts.tolist())
         n_scored, expert = self._n_scored[prompts], self._expert[prompts]

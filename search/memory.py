@@ -4,6 +4,8 @@ Knows bytes, a model's shape and how to measure a step; not prompts, adapters or
 power of two, so that a little more or less memory gives the same batches, and with them the same bits.
 """
 
+import resource
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -203,6 +205,29 @@ def measure_peak(device: torch.device, step: Callable[[], object]) -> int:
     step()
     torch.cuda.synchronize(device)
     before = torch.cuda.memory_allocated(device)
-    torch.cuda.reset_peak_memory_stats(device)
+    reset_peak(device)
     step()
     return torch.cuda.max_memory_allocated(device) - before
+
+
+_highest_bytes = 0
+
+
+def reset_peak(device: torch.device) -> None:
+    """Count a CUDA device's peak anew from here on; `highest_peak` remembers what was counted."""
+    global _highest_bytes
+    _highest_bytes = max(_highest_bytes, torch.cuda.max_memory_allocated(device))
+    torch.cuda.reset_peak_memory_stats(device)
+
+
+def highest_peak(device: torch.device) -> int | None:
+    """Return the most bytes of tensors on a CUDA device since the process began; None for another device."""
+    if device.type != "cuda":
+        return None
+    return max(_highest_bytes, torch.cuda.max_memory_allocated(device))
+
+
+def host_peak() -> int:
+    """Return the most bytes of the host's memory that this process had since it began."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

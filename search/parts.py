@@ -21,6 +21,7 @@ from search.dummy import is_dummy
 from search.errors import InputError
 from search.groups import GroupKind, Groups, group_modules
 from search.hub import Fetched, MissingOnHubError, fetch_together, note_unpinned, one_bar
+from search.provenance import cpu_model
 from search.stack import StackedFactors, stack_adapters
 
 
@@ -133,7 +134,21 @@ def assemble_parts(
 
 def identify_base(base: LoadedBase) -> dict[str, str | None]:
     """Say which base weights these are, as trace and coefficients.json record it."""
-    return {"id": base.source, "revision": base.revision, "sha256": base.sha256}
+    return {
+        "id": base.source,
+        "revision": base.revision,
+        "sha256": base.sha256,
+        "text_sha256": base.text_sha256,
+    }
+
+
+def identify_cpu() -> dict[str, str | int]:
+    """Say what the last bits of sums on a CPU depend on, beside versions."""
+    return {
+        "name": cpu_model(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+    }
 
 
 def _hash_scalings(adapter: Adapter) -> str:
@@ -161,4 +176,5 @@ def identify_parts(parts: Parts) -> dict[str, Any]:
         "device": device.type,
         "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
         "dtype": str(parts.model.dtype).removeprefix("torch."),
+        "cpu": identify_cpu(),
     }

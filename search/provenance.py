@@ -1,6 +1,6 @@
-"""Which code and which libraries made a result.
+"""Which code, libraries and processor made a result.
 
-Knows package versions and git; not models, runs or where the answer is written.
+Knows package versions, git and /proc; not models, runs or where the answer is written.
 """
 
 import platform
@@ -43,6 +43,16 @@ def checkout_commit(folder: Path = CHECKOUT) -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip() or None
+
+
+def cpu_model(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+    """Return the name that the CPU gives itself, "CPU" where the system does not tell."""
+    try:
+        lines = cpuinfo.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return "CPU"
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else "CPU"
 
 
 def _installed_version(package: str) -> str | None:

@@ -106,8 +106,8 @@ def refuse_changes(record: Record, header: Mapping[str, Any], path: Path) -> Non
     """
     if record.trace is None:
         return
-    before = _flatten({key: record.trace.header.get(key) for key in header})
-    now = _flatten(header)
+    before = flatten({key: record.trace.header.get(key) for key in header})
+    now = flatten(header)
     for key in sorted(before.keys() | now.keys(), key=_by_importance):
         if before.get(key) != now.get(key) and not _is_place(key):
             raise InputError(
@@ -115,8 +115,8 @@ def refuse_changes(record: Record, header: Mapping[str, Any], path: Path) -> Non
                 "go on, choose another --out for a new search, or make a prior of this one with "
                 "`python -m search priors`."
             )
-    for key in ("commit", "device_name"):
-        if record.trace.header.get(key) != header.get(key):
+    for key in ("commit", "device_name", "cpu"):
+        if record.trace.header.get(key, header.get(key)) != header.get(key):
             logging.getLogger(__name__).warning(
                 "%s: begun with %s %s, going on with %s",
                 path,
@@ -126,8 +126,8 @@ def refuse_changes(record: Record, header: Mapping[str, Any], path: Path) -> Non
             )
 
 
-def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
-    """Turn nested mappings and sequences into dotted keys; an adapter is keyed by its name."""
+def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Turn nested mappings and sequences into dotted keys; what has a name is keyed by it."""
     if isinstance(value, Mapping):
         items: list[tuple[Any, Any]] = list(value.items())
     elif isinstance(value, list | tuple):
@@ -139,7 +139,7 @@ def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
         return {prefix: value}
     flat: dict[str, Any] = {}
     for key, item in items:
-        flat.update(_flatten(item, f"{prefix}.{key}" if prefix else str(key)))
+        flat.update(flatten(item, f"{prefix}.{key}" if prefix else str(key)))
     return flat
 
 
@@ -148,7 +148,8 @@ def _is_place(key: str) -> bool:
     first, last = key.split(".")[0], key.rsplit(".", 1)[-1]
     if first == "config":
         return last in _PLACES
-    return first in ("commit", "device_name", "config_sha256", "schema", "folder") or last in ("id", "source")
+    passing = "commit", "device_name", "cpu", "config_sha256", "schema", "folder"
+    return first in passing or last in ("id", "source")
 
 
 def _by_importance(key: str) -> tuple[bool, bool, str]:

@@ -4,9 +4,7 @@ Knows the phases and what to measure in each; not what a run of full size makes 
 """
 
 import logging
-import resource
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -19,6 +17,7 @@ import torch
 from search.delivery import rehearse_merge
 from search.evaluate import PopulationEvaluator
 from search.forecast import Cost, Timing, fit_cost
+from search.memory import host_peak
 from search.parts import Parts
 from search.recorded import TRACE_FILE
 from search.resume import Record
@@ -141,5 +140,4 @@ def _peak_memory(device: torch.device) -> int:
     """Bytes: on a GPU since an evaluator last reset the count, else of the process since its start."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return host_peak()

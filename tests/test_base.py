@@ -18,7 +18,15 @@ from transformers import (
 )
 
 from search import base, hub
-from search.base import choose_device, choose_dtype, hash_weights, load_base, load_tokenizer, read_context
+from search.base import (
+    choose_device,
+    choose_dtype,
+    hash_texts,
+    hash_weights,
+    load_base,
+    load_tokenizer,
+    read_context,
+)
 from search.errors import InputError
 from search.versions import dtype_option
 from tests.toys import N_VOCAB
@@ -80,6 +88,7 @@ def test_a_saved_base_comes_back_ready_to_be_searched_on(toy_folder):
     assert loaded.tokenizer.pad_token_id == loaded.tokenizer.eos_token_id == 2
     assert (loaded.source, loaded.revision) == (str(toy_folder), None)
     assert loaded.sha256 == hash_weights(toy_folder)
+    assert loaded.text_sha256 == hash_texts(toy_folder)
     assert read_context(str(toy_folder)) == 128
 
 
@@ -220,3 +229,16 @@ def own_host_bytes() -> int:
     """Memory of this process's own now; mapped files left out."""
     status = Path("/proc/self/status").read_text()
     return 1024 * int(status.split("RssAnon:")[1].split()[0])
+
+
+def test_the_hash_of_texts_follows_names_and_contents_of_configuration_and_tokenizer(tmp_path):
+    assert hash_texts(tmp_path) is None
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "tokenizer.json").write_text("[]")
+    first = hash_texts(tmp_path)
+    (tmp_path / "README.md").write_text("words")
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    assert hash_texts(tmp_path) == first
+    (tmp_path / "config.json").write_text("[]")
+    (tmp_path / "tokenizer.json").write_text("{}")
+    assert hash_texts(tmp_path) not in (None, first)

@@ -44,7 +44,8 @@ def test_adapter_card_and_coefficients_are_written(parts, tmp_path):
     assert document["coefficients"] == COEFFICIENTS.tolist()
     assert (document["method"], document["objective"]["loss"]) == ("concord", 0.5)
     assert document["provenance"] == {"seed": 3}
-    assert document["base"] == {"id": "here/base", "revision": None, "sha256": "ab" * 32, "name": BASE_NAME}
+    hashes = {"sha256": "ab" * 32, "text_sha256": None}
+    assert document["base"] == {"id": "here/base", "revision": None, "name": BASE_NAME, **hashes}
     copied = (tmp_path / "adapter/coefficients.json").read_bytes()
     assert copied == (tmp_path / "coefficients.json").read_bytes()
     assert metadata_load(tmp_path / "adapter/README.md")["base_model"] == BASE_NAME

@@ -12,6 +12,7 @@ LAYERS = (
     {"errors", "versions"},
     {
         "card",
+        "checks",
         "compiled",
         "groups",
         "interruption",
@@ -43,22 +44,33 @@ LAYERS = (
     {"config", "figures", "figures_genomes", "finding", "loop", "prior_learning", "recorded", "stack"},
     {"balance", "forecast", "merge", "parts", "pin", "population", "progress", "reserves", "resume", "stages"}
     | {"summary"},
-    {"compress", "delivery", "diagnosis", "drafts", "folding", "planning", "trust"},
-    {"diagnosis_text", "export", "prompts"},
+    {"compress", "delivery", "diagnosis", "drafts", "folding", "planning", "trust", "verify_record"},
+    {"diagnosis_text", "export", "prompts", "statement", "verify_answers"},
     {"experts"},
     {"passes"},
     {"evaluate"},
     {"steering"},
     {"ending", "setup"},
-    {"outcome", "steps", "trial"},
-    {"footprint", "phases", "stand_ins"},
-    {"doctor", "run", "submission"},
+    {"outcome", "steps", "trial", "verify_inputs", "verify_search"},
+    {"footprint", "phases", "stand_ins", "verify_scores"},
+    {"doctor", "run", "submission", "verify"},
     {"bundle"},
+    {"handing_in", "options"},
     {"__init__", "__main__"},
 )
 """A file of search/ imports only from layers above its own here."""
 TORCH_FREE = {
-    *("archive", "card", "config", "diagnosis", "diagnosis_text", "errors", "figures", "figures_genomes"),
+    *(
+        "archive",
+        "card",
+        "checks",
+        "config",
+        "diagnosis",
+        "diagnosis_text",
+        "errors",
+        "figures",
+        "figures_genomes",
+    ),
     *("files", "finalists", "finding", "forecast", "gradient", "groups", "interruption", "locate", "loop"),
     *(
         "movement",

@@ -9,6 +9,7 @@ import torch
 from search.base import LoadedBase
 from search.errors import InputError
 from search.parts import assemble_parts, identify_parts
+from search.provenance import cpu_model
 from tests.toys import BASE_NAME, make_model
 
 
@@ -52,7 +53,7 @@ def test_their_identity_is_plain_json(base, toy_adapters):
     adapters = toy_adapters("llama")
     identity = identify_parts(assemble_parts(base, adapters, base_name=BASE_NAME, kind="layer"))
     assert json.loads(json.dumps(identity)) == {
-        "base": {"id": BASE_NAME, "revision": "c0ffee", "sha256": "ab" * 32},
+        "base": {"id": BASE_NAME, "revision": "c0ffee", "sha256": "ab" * 32, "text_sha256": None},
         "adapters": [
             {
                 "name": a.name,
@@ -67,6 +68,11 @@ def test_their_identity_is_plain_json(base, toy_adapters):
         "device": "cpu",
         "device_name": None,
         "dtype": "float64",
+        "cpu": {
+            "name": cpu_model(),
+            "capability": torch.backends.cpu.get_cpu_capability(),
+            "threads": torch.get_num_threads(),
+        },
     }
 
 
