@@ -26,6 +26,7 @@ from search.doctor import examine
 from search.errors import InputError
 from search.export import export_merge
 from search.files import atomic_write
+from search.hub import keep_download_bars
 from search.pin import pin_config
 from search.prior_learning import learn_prior
 from search.priors import save_prior
@@ -63,6 +64,7 @@ def quiet_other_libraries() -> None:
     logging.getLogger("httpx").setLevel(logging.WARNING)
     transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    keep_download_bars()
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(torch|transformers)\.")
 
 
