@@ -39,6 +39,7 @@ from llm_merging.merging.Merges import REPOSITORY, choose_config
 from llm_merging.sizing import check_sizes, size_queries
 from search.config import SearchConfig, load_config
 from search.errors import InputError
+from search.hub import keep_download_bars
 from search.timebox import LONGEST_START_S, PROCESS_END_S, seconds_of_process
 
 AGE_S = seconds_of_process() if __name__ == "__main__" else math.inf
@@ -69,6 +70,7 @@ def quiet_libraries() -> None:
     logging.getLogger("httpx").setLevel(logging.WARNING)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
+    keep_download_bars()
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(torch|transformers)\.")
 
 

@@ -27,6 +27,7 @@ from search.errors import InputError
 from search.export import export_merge
 from search.files import atomic_write
 from search.handing_in import hand_in
+from search.hub import keep_download_bars
 from search.options import add_queries_ahead, add_submission_options, add_verify_options
 from search.pin import pin_config
 from search.prior_learning import learn_prior
@@ -66,6 +67,7 @@ def quiet_other_libraries() -> None:
     logging.getLogger("httpx").setLevel(logging.WARNING)
     transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    keep_download_bars()
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(torch|transformers)\.")
 
 

@@ -163,6 +163,12 @@ def fetch_together(jobs: Sequence[Callable[[], T]]) -> list[T]:
         pool.shutdown(cancel_futures=True)
 
 
+def keep_download_bars() -> None:
+    """Show how far downloads are where transformers' own bars are switched off, and the hub's with them."""
+    if constants.HF_HUB_DISABLE_PROGRESS_BARS is None:
+        enable_progress_bars()
+
+
 @contextmanager
 def one_bar(n_repositories: int, of: str) -> Iterator[Callable[[], object]]:
     """Put one bar in place of the library's three for each repository; what is yielded moves it on by one.

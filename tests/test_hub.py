@@ -22,6 +22,7 @@ import search.base
 import search.hub
 from llm_merging.constants import BASE_MODEL_NAME, LIST_MODELS
 from llm_merging.merging.uniform_average import UniformAverage
+from search.__main__ import quiet_other_libraries
 from search.adapters import CONFIG_FILE, WEIGHTS_FILE, load_adapter
 from search.base import load_base, load_shapes, load_tokenizer, read_context
 from search.config import load_config
@@ -421,8 +422,10 @@ def test_one_bar_stands_for_all_adapters_unless_the_user_says_which(
             return True
 
     monkeypatch.setattr(sys, "stderr", Terminal())
+    monkeypatch.setattr(hub_bars, "progress_bar_states", {})
     for module in (constants, hub_bars):
         monkeypatch.setattr(module, "HF_HUB_DISABLE_PROGRESS_BARS", given)
+    quiet_other_libraries()
     load_adapters(load_config(configured(tmp_path)))
     shown = sys.stderr.getvalue()  # type: ignore[attr-defined]
     assert ("adapters: 100%" in shown) == (given is None)
