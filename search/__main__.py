@@ -1,4 +1,4 @@
-"""`python -m search`: run, resume, priors, merge, report, doctor, pin, bundle, verify, submission.
+"""The command `python -m search`, and what each of its subcommands does.
 
 Knows arguments, exit codes (0 done, 1 failed, 2 bad input, 130 interrupted) and what is printed: one line of
 JSON on stdout at the end, everything else on stderr.
@@ -28,7 +28,13 @@ from search.export import export_merge
 from search.files import atomic_write
 from search.handing_in import hand_in
 from search.hub import keep_download_bars
-from search.options import add_queries_ahead, add_submission_options, add_verify_options
+from search.options import (
+    add_bundle_options,
+    add_config_options,
+    add_merge_options,
+    add_submission_options,
+    add_verify_options,
+)
 from search.pin import pin_config
 from search.prior_learning import learn_prior
 from search.priors import save_prior
@@ -118,16 +124,7 @@ def _add_searches(add: Callable[..., Any]) -> None:
         "doctor configs/demo.yaml",
     )
     for command in (run, doctor):
-        command.add_argument("config", type=Path, metavar="CONFIG", help="YAML file")
-        command.add_argument(
-            "--set",
-            dest="overrides",
-            nargs="+",
-            action="extend",
-            default=[],
-            metavar="section.key=value",
-            help="settings that replace the file's",
-        )
+        add_config_options(command)
     pin = add(
         "pin",
         pin_command,
@@ -136,7 +133,13 @@ def _add_searches(add: Callable[..., Any]) -> None:
     )
     pin.add_argument("config", type=Path, metavar="CONFIG", help="YAML file")
     pin.add_argument("--write", action="store_true", help="put them into the file as each `revision:`")
-    _add_bundle(add)
+    bundle = add(
+        "bundle",
+        bundle_command,
+        "write a run as one Python file for the competition's kit",
+        "bundle configs/mistral-7b.yaml -o MyMerge.py",
+    )
+    add_bundle_options(bundle)
     resume = add(
         "resume",
         resume_command,
@@ -144,20 +147,6 @@ def _add_searches(add: Callable[..., Any]) -> None:
         "resume output/seed1",
     )
     resume.add_argument("folder", type=Path, metavar="DIR", help="that holds trace.jsonl")
-
-
-def _add_bundle(add: Callable[..., Any]) -> None:
-    bundle = add(
-        "bundle",
-        bundle_command,
-        "write a run as one Python file for the competition's kit",
-        "bundle configs/mistral-7b.yaml -o MyMerge.py",
-    )
-    default = Path("configs/mistral-7b.yaml")
-    bundle.add_argument("config", type=Path, nargs="?", default=default, metavar="CONFIG", help=str(default))
-    bundle.add_argument("-o", dest="output", type=Path, required=True, metavar="FILE")
-    bundle.add_argument("--prior", type=Path, metavar="FILE", help="of `priors`, known by adapters' names")
-    add_queries_ahead(bundle)
 
 
 def _add_readers(add: Callable[..., Any]) -> None:
@@ -176,13 +165,7 @@ def _add_readers(add: Callable[..., Any]) -> None:
         "merge by recorded coefficients: one exact adapter, one of a smaller rank, or a dense model",
         "merge output/seed1/coefficients.json -o merged --rank 64",
     )
-    merge.add_argument("source", type=Path, metavar="TRACE|coefficients.json|DIR")
-    merge.add_argument("-o", dest="output", type=Path, required=True, metavar="DIR")
-    shape = merge.add_mutually_exclusive_group()
-    shape.add_argument("--rank", type=int, metavar="R", help="cut each module to R by SVD; the error is told")
-    shape.add_argument("--dense", action="store_true", help="fold into the base: a whole model")
-    merge.add_argument("--dtype", default="auto", help="of the weights written; default: %(default)s")
-    merge.add_argument("--allow-pickle", action="store_true", help="read adapter_model.bin too")
+    add_merge_options(merge)
     report = add(
         "report",
         report_command,

@@ -16,7 +16,7 @@ from search.merge import replace_folder
 from search.recorded import COEFFICIENTS_FILE, TRACE_FILE
 from search.statement import TITLE, write_statement
 from search.verify_answers import check_answers, find_answers
-from search.verify_inputs import pin_config
+from search.verify_inputs import restore_config
 from search.verify_record import RunRecord, check_record, read_run
 
 METHOD_FILE = "MyMerge.py"
@@ -46,7 +46,7 @@ def hand_in(run: Path, output: Path, *, queries_ahead: int = QUERIES_AHEAD) -> d
         COEFFICIENTS_FILE: "how much of which adapter went where",
     }
     _refuse_other_folders(output, [*described, CARD_FILE])
-    config = pin_config(record)
+    config = restore_config(record)
     prior = config.search.prior_path if config.search.prior else None
     bundle = write_bundle(config, prior, queries_ahead)
     n_lines = len(bundle.splitlines())

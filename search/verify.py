@@ -14,7 +14,7 @@ from search.checks import Check
 from search.plugin import load_objective
 from search.setup import load_setup
 from search.verify_answers import check_answers
-from search.verify_inputs import check_inputs, check_merge, check_setup, pin_config
+from search.verify_inputs import check_inputs, check_merge, check_setup, restore_config
 from search.verify_record import RunRecord, check_record, read_run
 from search.verify_scores import check_scores
 
@@ -40,7 +40,7 @@ def verify_run(folder: Path, *, refine: bool = False) -> Iterator[Check]:
     if any(check.name == "config" and check.mark == "differs" for check in checks):
         yield Check("loss", "note", "nothing is scored: the configuration is not the one that ran")
         return
-    config = pin_config(record)
+    config = restore_config(record)
     inputs = check_inputs(config, record.header)
     yield from inputs
     if any(check.mark == "differs" for check in inputs):

@@ -30,7 +30,7 @@ from search.verify_record import RunRecord
 KIT_FILE = "safetensor.pt"
 
 
-def pin_config(record: RunRecord) -> SearchConfig:
+def restore_config(record: RunRecord) -> SearchConfig:
     """Rebuild the configuration, weights from the hub at the commits that were loaded.
 
     Relative paths begin where the run's did; where that folder is gone, in the working directory.

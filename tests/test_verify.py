@@ -90,6 +90,20 @@ def change_seed_everywhere(run):
         edit_json(path, lambda document: document["provenance"].update(seed=1))
 
 
+def drop_prompt(run):
+    """One prompt fewer, and the hash of those that are left."""
+
+    def change(line):
+        line["unseen"].pop()
+        rows = [*line["searched"], *line["unseen"]]
+        rows.sort(key=lambda row: row["expert"])  # stable, as adapters are ordered by name here
+        experts = [int(row["expert"][-1]) for row in rows]
+        content = [[row["ids"] for row in rows], experts, [row["scored"] for row in rows], 3]
+        line["sha256"] = hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+    edit_line(run, "prompts", change)
+
+
 def change_version_everywhere(run):
     edit_line(run, "header", lambda line: line["versions"].update(torch="2.2.2"))
     for path in (run / "coefficients.json", run / "adapter/coefficients.json"):
@@ -227,6 +241,7 @@ MUTATIONS = {
         lambda run: edit_line(run, "prompts", lambda d: d["unseen"][1].update(text="mine")),
         {"prompts": "differs: unseen 1 recorded mine, found"},
     ),
+    "a prompt that is gone": (drop_prompt, {"prompts": "differs: unseen prompts recorded 5, found 6"}),
     "a token of a prompt": (
         lambda run: edit_line(run, "prompts", lambda d: d["unseen"][1]["ids"].reverse()),
         {"prompts": "differs: the trace's prompts have hash"},
