@@ -12,11 +12,13 @@ from typing import Any
 
 from search.config import SearchConfig
 from search.errors import InputError
-from search.import_block import BUNDLE_WIDTH, join_imports
-from search.objective import OBJECTIVES
+from search.import_block import join_imports
+from search.objective import OBJECTIVES, SMOOTH_PARTS
 from search.priors import load_prior
 from search.provenance import checkout_commit, library_versions
-from search.sources import Source, cut_sources
+from search.shorten import BUNDLE_WIDTH
+from search.sources import Cuts, Source, cut_sources
+from search.syntax import Key
 
 QUERIES_AHEAD = 1200
 """Queries that the kit answers after the merge, one at a time."""
@@ -24,22 +26,15 @@ QUERIES_AHEAD = 1200
 ENTRIES = ("run_in_kit", "ready_base", "KitModels")
 ANYTHING = ("", "")
 """Of a configuration's classes, which a literal replaces, only annotations are left."""
-STAND_INS = {
-    ("search.config", "SearchConfig"): ANYTHING,
-    ("search.config", "AdapterConfig"): ANYTHING,
-    ("search.settings", "SearchSettings"): ANYTHING,
-    ("search.settings", "SpaceSettings"): ANYTHING,
-    ("search.resume", "Record"): ("search.stand_ins", "NothingRecorded"),
-    ("search.interruption", "Interruption"): ("search.stand_ins", "Uninterrupted"),
-    ("search.progress", "ProgressLine"): ("search.stand_ins", "PrintedProgress"),
-    ("search.trace", "TraceWriter"): ("search.stand_ins", "LenientTrace"),
-    ("search.delivery", "rehearse_merge"): ("search.stand_ins", "time_merge"),
-    ("search.outcome", "deliver_ending"): ("search.stand_ins", "merge_in_kit"),
-    ("search.outcome", "RunResult"): ("search.stand_ins", "KitResult"),
-    ("search.setup", "_choose_start"): ("search.stand_ins", "start_in_kit"),
+STAND_INS: dict[Key, Key] = {
+    ("search.racing", "Evaluator"): ANYTHING,
+    ("search.stages", "TableEvaluator"): ANYTHING,
+    ("search.population", "MixedLinear"): ("search.stand_ins", "PlainLinear"),
+    ("search.passes", "Passes"): ("search.stand_ins", "PlainPasses"),
+    ("search.skeleton", "parse_skeleton"): ("search.stand_ins", "split_skeleton"),
 }
 """What is bundled in place of what: (module, name) -> (module, name)."""
-LEFT_OUT = {("search.setup", "Setup"): {"describe"}, ("search.merge", "MergedAdapter"): {"modules"}}
+LEFT_OUT: dict[Key, set[str]] = {}
 """Methods that nothing in a bundle calls, though others of their name are called."""
 
 CLASS = '''
@@ -72,12 +67,9 @@ class MyMerge(Merges):
         for source, _ in self.list_models:
             config = self.loaded_configs[source]
             adapters[source] = self.loaded_models[source], getattr(config, "to_dict", lambda c=config: c)()
-        kit = KitModels(
-            self.base_model, tokenizer, self.base_model_name, self.base_model_revision_id, adapters
-        )
-        found = run_in_kit(CONFIG, kit, Path("output") / self.name, self._answer, ABOUT)
-        self.merged_model = found.merged
-        self.coefficients = found.coefficients
+        kit = KitModels(self.base_model, tokenizer, self.base_model_name, adapters, self._answer)
+        output = Path("output") / self.name
+        self.coefficients, self.merged_model = run_in_kit(CONFIG, kit, output, ABOUT)
         return self.base_model
 
     def _answer(self, text):
@@ -101,7 +93,8 @@ def write_bundle(config: SearchConfig, prior: Path | None = None, queries_ahead:
         raise InputError(f"objective.name: {config.objective.name!r} is your own code, which is not bundled")
     if queries_ahead < 0:
         raise InputError(f"--queries-ahead: found {queries_ahead}, expected 0 or more")
-    sources = cut_sources(("search.submission", ENTRIES), STAND_INS, LEFT_OUT)
+    cuts = _choose_cuts(config, has_prior=prior is not None)
+    sources = cut_sources(("search.submission", ENTRIES), cuts)
     literal = _literal_of(config, prior, queries_ahead)
     about = {"version": library_versions()["concord"], "commit": checkout_commit()}
     kit_import = "from llm_merging.merging.Merges import Merges"
@@ -110,18 +103,38 @@ def write_bundle(config: SearchConfig, prior: Path | None = None, queries_ahead:
         join_imports(
             [line for s in sources for line in s.imports], [t for s in sources for t in s.guarded], kit_import
         ),
-        f"{' = '.join(name for (_, name), by in STAND_INS.items() if by == ANYTHING)} = Any",
+        f"{' = '.join(name for (_, name), by in cuts.stand_ins.items() if by == ANYTHING)} = Any",
         f"ABOUT = {format_literal(about)}\n\nCONFIG = {format_literal(literal)}",
-        *(f"{_heading(s.name, s.headline)}\n{s.spaced}" for s in sources),
-        f"{_heading('MyMerge', 'The method.')}\n\n{CLASS.rstrip()}",
+        *(f"{_heading(s.name, s.headline)}\n{s.text}" for s in sources),
+        f"{_heading('MyMerge', 'The method.')}\n{CLASS.strip()}",
     ]
     return "\n\n\n".join(blocks).replace("\n\n\n", "\n\n", 3) + "\n"
 
 
+def _choose_cuts(config: SearchConfig, *, has_prior: bool) -> Cuts:
+    """Return what a bundle of this configuration does without."""
+    search, stand_ins = config.search, dict(STAND_INS)
+    space, plain = search.space, {"genome": "full", "sign": "signed", "scale": "plain", "top_k": None}
+    if all(getattr(space, key) == value for key, value in plain.items()):
+        stand_ins["search.submission", "make_kit_space"] = "search.stand_ins", "make_plain_space"
+        stand_ins["search.space", "Space"] = ANYTHING
+    if space.groups == "model":
+        stand_ins["search.groups", "group_modules"] = "search.stand_ins", "group_as_one"
+    objective = config.objective.name
+    kept = {objective, SMOOTH_PARTS.get(objective, objective), "forward_kl", "top1_disagreement"}
+    return Cuts(
+        stand_ins=stand_ins,
+        left_out=LEFT_OUT,
+        kept_items={
+            ("search.objective", "OBJECTIVES"): kept,
+            ("search.objective", "COMBINATIONS"): {config.objective.combine},
+        },
+    )
+
+
 def _heading(name: str, headline: str) -> str:
-    rule = "# " + "=" * 40
-    text = textwrap.wrap(f"{name}: {headline}", BUNDLE_WIDTH - 2)
-    return "\n".join([rule, *(f"# {line}" for line in text), rule])
+    text = textwrap.wrap(f"======== {name}: {headline}", BUNDLE_WIDTH - 2)
+    return "\n".join(f"# {line}" for line in text)
 
 
 def _bundle_head(sources: Sequence[Source], about: Mapping[str, Any]) -> str:

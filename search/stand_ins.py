@@ -1,106 +1,42 @@
-"""What a bundle has in place of what it leaves out: resumption, signals, progress bars, files and pydantic.
+"""What a bundle has in place of what it leaves out: files, compiling, and spaces that nobody asked for.
 
-Knows the interfaces of what it stands in for; not the kit, nor which module is bundled.
+Knows what it stands in for; not the kit, nor when which part is bundled. A class here that derives from
+another gives that one its methods in a bundle: nowhere else is one made.
 """
 
 import json
 import logging
-import time
-from collections.abc import Mapping, Sequence
+import re
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, TextIO
 
 import numpy as np
+import torch
+import torch.nn.functional as F  # noqa: N812
+from numpy.typing import ArrayLike
+from torch import Tensor
 
-from search.adapters import Adapter
-from search.errors import InputError
-from search.groups import Groups
-from search.loop import Past, Progress
-from search.merge import fold_adapters, merge_adapters
-from search.outcome import Ending
-from search.parts import Parts
-from search.priors import PriorStart
-from search.setup import Setup, neutral_start
-from search.space import FloatArray
-from search.trace import Generation, _to_json
-
-
-class Settings:
-    """A section of the configuration: a literal's items as attributes."""
-
-    def __init__(self, items: Mapping[str, Any]) -> None:
-        self._items = {key: _as_settings(value) for key, value in items.items()}
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("_") or name not in self._items:
-            raise AttributeError(name)
-        return self._items[name]
-
-    def model_copy(self, *, update: Mapping[str, Any]) -> "Settings":
-        """Return a copy with some items replaced."""
-        return Settings({**self._items, **update})
-
-    def model_dump(
-        self, mode: str = "python", exclude: Sequence[str] | set[str] = (), exclude_none: bool = False
-    ) -> dict[str, Any]:
-        """Return the items as they were written."""
-        kept = {key: value for key, value in self._items.items() if key not in exclude}
-        return {k: _as_literal(v) for k, v in kept.items() if not (exclude_none and v is None)}
+from search.experts import AT_ONCE, ExpertSignals, TokenBudget, scored_logits
+from search.groups import GroupKind, Groups
+from search.objective import Objective
+from search.passes import Passes, position_values
+from search.population import MixedLinear, Mixtures
+from search.prompts import PromptSet
+from search.skeleton import Skeleton
+from search.space import SMALLEST_SPREAD, FloatArray
+from search.stack import StackedFactors, mix_hidden
+from search.trace import _to_json
 
 
-def _as_settings(value: Any) -> Any:
+def read_settings(value: Any) -> Any:
+    """Return a literal's items as attributes, section in section."""
     if isinstance(value, Mapping):
-        return Settings(value)
-    return tuple(map(_as_settings, value)) if isinstance(value, list | tuple) else value
-
-
-def _as_literal(value: Any) -> Any:
-    if isinstance(value, Settings):
-        return value.model_dump()
-    return [_as_literal(item) for item in value] if isinstance(value, tuple) else value
-
-
-class NothingRecorded:
-    """In the place of an earlier run's record: there is none."""
-
-    def event(self, name: str) -> None:
-        """Return the event of an earlier run."""
-        return
-
-    def past(self, stage: int) -> Past:
-        """Return what an earlier run recorded of a stage."""
-        return Past()
-
-
-class Uninterrupted:
-    """In the place of signal handling, which is the kit's."""
-
-    requested = False
-
-    def defer(self) -> None:
-        """Have the next signal ask instead of raise."""
-
-    def check(self) -> None:
-        """Raise where somebody asks to end."""
-
-
-class PrintedProgress:
-    """Phases and every tenth of the evaluations, as lines in the log."""
-
-    def __init__(self, max_evaluations: int) -> None:
-        self._step = self._next = max(1, max_evaluations // 10)
-
-    def phase(self, name: str) -> None:
-        """Show that a phase has begun."""
-        logging.getLogger(__name__).info("%s", name)
-
-    def show(self, progress: Progress) -> None:
-        """Show where the search stands."""
-        if progress.evaluations >= self._next:
-            self._next = progress.evaluations + self._step
-            done = progress.evaluations, progress.best_loss, max(0.0, progress.left_s)
-            logging.getLogger(__name__).info("%d evaluations, best loss %.4f, %.0f s left", *done)
+        return SimpleNamespace(**{key: read_settings(item) for key, item in value.items()})
+    return value
 
 
 class LenientTrace:
@@ -119,10 +55,9 @@ class LenientTrace:
         """Write what the run depends on."""
         self._write({"kind": "header", "schema": 1, **content})
 
-    def generation(self, generation: Generation) -> None:
+    def generation(self, **content: Any) -> None:
         """Write one generation."""
-        fields = Generation.__dataclass_fields__
-        self._write({"kind": "generation", **{name: getattr(generation, name) for name in fields}})
+        self._write({"kind": "generation", **content})
 
     def event(self, name: str, /, **content: Any) -> None:
         """Write that something happened."""
@@ -141,57 +76,100 @@ class LenientTrace:
         logging.getLogger(__name__).warning("no trace in %s: %s; going on", self._path, error.strerror)
 
 
-def time_merge(parts: Parts, coefficients: FloatArray, base_name: str, output: Path) -> float:
-    """Merge in memory and throw away: the seconds that it takes."""
-    started_s = time.monotonic()
-    merge_adapters(parts.adapters, coefficients, parts.groups, base_name=base_name, dtype=parts.model.dtype)
-    return time.monotonic() - started_s
+def group_as_one(module_names: Iterable[str], kind: GroupKind, layers_per_block: int = 4) -> Groups:
+    """Return what `group_modules` returns for the kind "model": one group."""
+    return Groups(("model",), dict.fromkeys(sorted(set(module_names)), 0))
 
 
-def merge_in_kit(setup: Setup, ending: Ending, output: Path) -> dict[str, Any]:
-    """Fold the winner into the base, and return it as an adapter's state dict."""
-    parts, table = setup.parts, ending.winner.coefficients
-    merged = merge_adapters(
-        parts.adapters, table, parts.groups, base_name=setup.config.base.name, dtype=parts.model.dtype
-    )
-    fold_adapters(parts.model, parts.adapters, table, parts.groups)
-    return merged.state_dict
+@dataclass(frozen=True, slots=True, eq=False)
+class PlainSpace:
+    """A `Space` whose genomes are coefficients (n_groups, n_adapters) as they are, laid end to end."""
+
+    shape: tuple[int, int]
+    low: FloatArray
+    """(n_adapters,) lower bound of each adapter's coefficients, -inf where free."""
+    high: FloatArray
+    """(n_adapters,) upper bound."""
+
+    @property
+    def n_params(self) -> int:
+        """Length of a genome."""
+        return self.shape[0] * self.shape[1]
+
+    def to_coefficients(self, genomes: FloatArray) -> FloatArray:
+        """Decode (n_candidates, n_params) into (n_candidates, n_groups, n_adapters), clipped to the box."""
+        return np.clip(genomes.reshape(-1, *self.shape), self.low, self.high)
+
+    def encode(self, coefficients: ArrayLike, spread: ArrayLike) -> tuple[FloatArray, FloatArray]:
+        """Return the genome (n_params,) of coefficients, and its standard deviations."""
+        return np.reshape(coefficients, -1), np.maximum(spread, SMALLEST_SPREAD).reshape(-1)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class KitResult:
-    """In the place of a run's result."""
-
-    adapters: tuple[Adapter, ...]
-    coefficients: FloatArray
-    groups: Groups
-    merged: Any
-    winner: str
-    loss: float
-    evaluations: int
-    ended_by: str
-    interrupted: bool
-    report: str
+def make_plain_space(settings: Any, groups: Groups, low: FloatArray, high: FloatArray) -> PlainSpace:
+    """Return a plain space within bounds (n_adapters,)."""
+    return PlainSpace((len(groups.names), len(low)), low, high)
 
 
-def start_in_kit(config: Any, parts: Parts, balanced: FloatArray) -> tuple[PriorStart, dict[str, str] | None]:
-    """Return the neutral start, or the bundled prior's for adapters that it knows by name.
+def split_skeleton(text: str) -> Skeleton:
+    """Return what `parse_skeleton` returns for a skeleton that was checked when it was bundled."""
+    *pairs, last = re.split(r"\{([A-Za-z_]\w*)\}", text)
+    return Skeleton(literals=(*pairs[::2], last), slots=tuple(pairs[1::2]))
 
-    Raises:
-        InputError: for a prior of other groups.
-    """
-    start, spread = neutral_start(config, parts, balanced)
-    prior = config.bundled_prior
-    if prior is None:
-        return PriorStart(start, spread, ()), None
-    if list(prior.groups) != list(parts.groups.names):
-        raise InputError("the bundled prior has other groups of modules than these adapters; bundle another")
-    missing = tuple(name for name in parts.names if name not in prior.names)
-    for column, name in enumerate(parts.names):
-        if name not in missing:
-            known = prior.names.index(name)
-            start[:, column] = np.array(prior.start)[:, known]
-            spread[:, column] = np.array(prior.spread)[:, known]
-    if config.search.space.sign == "non_negative":
-        start = start.clip(min=0.0)
-    return PriorStart(start, spread, missing), {"source": "bundled", "sha256": prior.sha256}
+
+class PlainLinear(MixedLinear):
+    """A mixed layer that is never compiled."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map x (n_rows, n_tokens, d_in) to (n_rows, n_tokens, d_out)."""
+        if self.idle:
+            return self.layer(x)  # type: ignore[no-any-return]
+        hidden = mix_hidden(x, self.module, self.coefficients[:, self.module.owner])
+        output: Tensor
+        weight: Tensor
+        if self.is_plain:
+            output, factor, weight = F.linear(hidden, self.module.B), x, self.layer.get_parameter("weight")
+        else:
+            output, factor, weight = self.layer(x), hidden, self.module.B
+        output.view(-1, output.shape[-1]).addmm_(factor.reshape(-1, factor.shape[-1]), weight.T)
+        return output
+
+
+class PlainPasses(Passes):
+    """Passes that are never compiled."""
+
+    def __init__(
+        self,
+        model: Any,
+        stacked: StackedFactors,
+        groups: Groups,
+        prompts: PromptSet,
+        signals: ExpertSignals,
+        *,
+        compiled: bool = False,
+    ) -> None:
+        """Note where each prompt's positions are among the signals'."""
+        self._model, self._prompts, self._signals = model, prompts, signals
+        self._mixtures = Mixtures(model, stacked, groups)
+        self._under_way: deque[torch.cuda.Event] = deque()
+        self.lengths = [len(ids) for ids in prompts.ids]
+        self._n_scored = torch.tensor([len(scored) for scored in prompts.scored])
+        self._first = self._n_scored.cumsum(0) - self._n_scored
+
+    def mixed(self, table: Tensor, rows: Sequence[int], tokens_per_forward: int | None = None) -> Tensor:
+        """Return logits (n_scored, n_vocab) of prompts `rows`, each under its own mixture of `table`."""
+        self._keep_pace()
+        with self._mixtures.active(table):
+            return scored_logits(self._model, self._prompts, rows)
+
+    def warm_up(self, budget: TokenBudget) -> None:
+        """Nothing is compiled."""
+
+    def _values(self, objective: Objective, logits: Tensor, at: Tensor) -> Tensor:
+        """Return what an objective says at each scored position: (n_scored,); some at a time."""
+        n_positions = max(1, AT_ONCE[logits.device.type] // logits.shape[-1])
+        pieces = zip(torch.split(logits, n_positions), torch.split(at, n_positions), strict=True)
+        signals = self._signals
+        parts = [
+            position_values(objective, own, signals.logits, signals.next_tokens, to) for own, to in pieces
+        ]
+        return torch.cat(parts)

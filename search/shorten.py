@@ -1,0 +1,144 @@
+"""Shorten Python source without changing what it does: fewer checks, docstrings of a line, notes as comments.
+
+Knows Python's syntax tree and rows of text; not what the code does, nor which of it is kept.
+"""
+
+import ast
+import re
+import textwrap
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+
+BUNDLE_WIDTH = 110
+CALLERS_MISTAKES = {"ValueError", "RuntimeError"}
+"""What search/ raises for a caller's mistake, which a bundle's one caller does not make; a user's differs."""
+Edits = dict[int, list[str]]
+"""Row -> the rows in its place."""
+_SENTENCE_END = re.compile(r"(?<=[.])\s+(?=[A-Z])")
+
+
+def drop_checks(tree: ast.Module, lines: Sequence[str]) -> set[int]:
+    """Take checks of callers out of the tree, with what only they use; return the rows that go."""
+    gone = set[int]()
+    for function in [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]:
+        dropped = list(_drop_from(function))
+        if dropped:
+            dropped += _drop_unused(function, dropped)
+        for node in dropped:
+            begin, end = span(node)
+            gone |= set(range(with_comments(lines, begin), end))
+    for holder in [node for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]:
+        for part in [p for p in holder.body if isinstance(p, ast.FunctionDef) and not p.body]:
+            holder.body.remove(part)
+            gone |= set(range(*span(part)))
+    return gone
+
+
+def _drop_from(function: ast.FunctionDef) -> Iterator[ast.stmt]:
+    """Take checks out of a function, and loops over nothing but checks."""
+    for node in [function, *reversed(list(ast.walk(function)))]:
+        for part in ("body", "orelse", "finalbody"):
+            body = getattr(node, part, None)
+            is_elif = part == "orelse" and isinstance(node, ast.If) and len(node.orelse) == 1
+            if isinstance(body, list) and not is_elif:
+                for statement in [s for s in body if _is_check(s) or (isinstance(s, ast.For) and not s.body)]:
+                    body.remove(statement)
+                    yield statement
+
+
+def _is_check(node: ast.stmt) -> bool:
+    if not isinstance(node, ast.If) or node.orelse or len(node.body) != 1:
+        return False
+    raised = node.body[0]
+    return isinstance(raised, ast.Raise) and (
+        isinstance(raised.exc, ast.Call)
+        and isinstance(raised.exc.func, ast.Name)
+        and raised.exc.func.id in CALLERS_MISTAKES
+    )
+
+
+def _drop_unused(function: ast.FunctionDef, dropped: Sequence[ast.stmt]) -> Iterator[ast.stmt]:
+    """Take out assignments that only the dropped checks read."""
+    asked = {name for check in dropped for name in _read_names(check)}
+    unused = asked - set(_read_names(function))
+    for node in list(ast.walk(function)):
+        body = getattr(node, "body", None)
+        for statement in [s for s in body if isinstance(s, ast.Assign)] if isinstance(body, list) else []:
+            target = statement.targets[0]
+            if isinstance(target, ast.Name) and target.id in unused and isinstance(body, list):
+                body.remove(statement)
+                yield statement
+
+
+def _read_names(node: ast.AST) -> Iterator[str]:
+    return (p.id for p in ast.walk(node) if isinstance(p, ast.Name) and isinstance(p.ctx, ast.Load))
+
+
+def span(node: ast.stmt) -> tuple[int, int]:
+    """Return the rows of a statement, decorators included: the first, and the one behind the last."""
+    decorators = getattr(node, "decorator_list", [])
+    return min([node.lineno, *(d.lineno for d in decorators)]) - 1, node.end_lineno or node.lineno
+
+
+def with_comments(lines: Sequence[str], begin: int) -> int:
+    """Return the row at which the comments above a row begin."""
+    while begin and lines[begin - 1].lstrip().startswith("#"):
+        begin -= 1
+    return begin
+
+
+def is_text(node: ast.stmt) -> bool:
+    """Whether a statement is a text: a docstring, or a note on what stands before it."""
+    return (
+        isinstance(node, ast.Expr)
+        and isinstance(node.value, ast.Constant)
+        and isinstance(node.value.value, str)
+    )
+
+
+def shorten_texts(nodes: Sequence[ast.stmt], lines: Sequence[str]) -> Edits:
+    """Return what turns docstrings in statements into their first lines, and notes into comments."""
+    edits: Edits = _shorten_notes(nodes, lines)
+    for node in [part for top in nodes for part in ast.walk(top)]:
+        body = getattr(node, "body", None)
+        if isinstance(body, list) and isinstance(node, ast.stmt):
+            edits |= _shorten_notes(body, lines)
+            is_definition = isinstance(node, ast.FunctionDef | ast.ClassDef)
+            if is_definition and body and is_text(body[0]):
+                edits |= _shorten_docstring(body[0], lines)
+    return edits
+
+
+def _shorten_docstring(node: ast.stmt, lines: Sequence[str]) -> Edits:
+    begin, end = span(node)
+    if end == begin + 1:
+        return {}
+    first = lines[begin].rstrip()
+    if len(first) + 3 > BUNDLE_WIDTH:  # without its last clause
+        first = re.split(r"[,;:] [^,;:]*$", first)[0] + "."
+    return {begin: [first + '"""'], **_nothing(begin + 1, end)}
+
+
+def _shorten_notes(body: Sequence[ast.stmt], lines: Sequence[str]) -> Edits:
+    """Return what puts the first sentence of each note behind its assignment, else above it."""
+    edits: Edits = {}
+    for node, note in pairwise(body):
+        if not isinstance(node, ast.Assign | ast.AnnAssign) or not is_text(note):
+            continue
+        begin, end = span(note)
+        text = " ".join(row.strip() for row in lines[begin:end])[3:-3]
+        text = _SENTENCE_END.split(text)[0].strip()
+        first, behind = span(node)
+        row = lines[first]
+        indent = row[: len(row) - len(row.lstrip())]
+        edits |= _nothing(behind, end)
+        if behind == first + 1 and "#" not in row and len(row) + 4 + len(text) <= BUNDLE_WIDTH:
+            edits[first] = [f"{row}  # {text}"]
+        else:
+            comment = textwrap.wrap(text, BUNDLE_WIDTH - len(indent) - 2)
+            edits[first] = [*(f"{indent}# {piece}" for piece in comment), row]
+    return edits
+
+
+def _nothing(begin: int, end: int) -> Edits:
+    return {row: [] for row in range(begin, end)}
