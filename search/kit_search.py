@@ -5,11 +5,15 @@ it finds what `search.phases` finds, which can do more.
 """
 
 import logging
+import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from search.archive import Archive
 from search.ending import MERGE_TIMES
@@ -28,18 +32,55 @@ from search.gradient import adam_descend
 from search.kit_signals import KitRun, KitSteering
 from search.loop import CAUTION, N_LOOKED_BACK
 from search.optimizer import BatchOptimizer
-from search.racing import Race, order_blocks, plan_race
+from search.racing import Rung, order_blocks, plan_race, rank_by_rung, select_survivors
 from search.reserves import OPTIONAL, EndingCosts, Reserves
 from search.space import FloatArray, Space
-from search.stages import SAME, GenomeEvaluator
+from search.stages import SAME
 from search.timebox import OutOfTime
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Raced:
+    """What a race of candidates came to."""
+
+    losses: FloatArray
+    """(n_candidates,) to tell the optimiser."""
+    per_expert: FloatArray
+    """(n_candidates, n_experts) on the prompts that each candidate was scored on."""
+    last: NDArray[np.int64]
+    """Candidates of the last rung, scored on all prompts."""
+    n_tokens: int
+
+
+def race(evaluator: Any, table: FloatArray, rungs: Sequence[Rung], order: NDArray[np.int64]) -> Raced:
+    """Score coefficients (n_candidates, n_groups, n_adapters) on blocks in this order, survivors on more."""
+    alive, n_seen, n_tokens, counts = np.arange(len(table)), 0, 0, 0.0
+    sums = np.zeros((len(table), table.shape[2]))
+    per_expert = np.full(sums.shape, np.nan)
+    scored: list[tuple[NDArray[np.int64], FloatArray]] = []
+    for rung in rungs:
+        if scored:
+            alive = alive[select_survivors(scored[-1][1], rung.n_candidates)]
+        if not len(alive):
+            break
+        found = evaluator.score_blocks(table[alive], order[n_seen : rung.n_blocks].tolist())
+        sums[alive] += found.sums
+        counts, n_tokens, n_seen = counts + found.counts, n_tokens + found.n_tokens, rung.n_blocks
+        losses, per_expert[alive] = evaluator.combine(sums[alive], counts)
+        scored.append((alive, losses))
+    return Raced(rank_by_rung(len(table), scored), per_expert, scored[-1][0], n_tokens)
+
+
+def seconds_of(step: Callable[[], object]) -> float:
+    """Do a step, and return the seconds that it took."""
+    started_s = time.monotonic()
+    step()
+    return time.monotonic() - started_s
 
 
 def search_in_kit(run: KitRun) -> Finalist:
     """Search and return the winner: without a search, where the time box has no room for one."""
-    started_s = run.box.elapsed_s()
-    run.box.reserve("later", run.measure_later())
-    measuring_s = run.box.elapsed_s() - started_s
+    measuring_s = seconds_of(lambda: run.box.reserve("later", run.measure_later()))
     hook = run.model.register_forward_pre_hook(lambda *_: run.box.check())
     try:
         search = _KitSearch(run, KitSteering(run), measuring_s)
@@ -73,10 +114,10 @@ class _KitSearch:
         later_s = self._run.measure_later() if self._later_s is None else self._later_s
         n_references, n_singles = len(steering.references), len(self._run.stacked.names)
         n_timed = 2 if steps else 0  # the first may allocate
-        gradients_s = [self._time(lambda: steering.searched.gradient(self._uniform)) for _ in range(n_timed)]
+        gradients_s = [seconds_of(lambda: steering.searched.gradient(self._uniform)) for _ in range(n_timed)]
         self._later_s = None
         return EndingCosts(
-            candidate_s=self._time(lambda: steering.unseen.score(self._uniform[None])),
+            candidate_s=seconds_of(lambda: steering.unseen.score(self._uniform[None])),
             n_finalists=n_references + self._settings.n_finalists + 2,  # the mean, and a refined one
             n_few=n_references - n_singles + 3,
             gradient_s=min(gradients_s, default=0.0),
@@ -84,11 +125,6 @@ class _KitSearch:
             merge_s=self._merge_s,
             later_s=later_s,
         )
-
-    def _time(self, step: Callable[[], object]) -> float:
-        started_s = self._box.elapsed_s()
-        step()
-        return self._box.elapsed_s() - started_s
 
     def find_winner(self) -> Finalist:
         """Search, refine the best and compare it with the merges that need no search."""
@@ -99,18 +135,12 @@ class _KitSearch:
         self._log.info("finalists")
         judgement, prompts = self._judge(mean)
         losses, winner = judgement.losses.tolist(), judgement.winner
-        trace.event(
-            "finalists",
-            prompts=prompts,
-            names=[finalist.name for finalist in judgement.finalists],
-            losses=losses,
-            verdicts=judgement.verdicts,
-            winner=winner.name,
-            winner_coefficients=winner.coefficients,
-        )
-        rivals = ", ".join(f"{name} {loss:.4f}" for name, loss in judgement.rivals.items())
-        found = winner.name, losses[judgement.place], prompts, rivals
-        self._log.info("winner: %s, loss %.4f on %s prompts (%s)", *found)
+        names = [finalist.name for finalist in judgement.finalists]
+        facts = {"names": names, "losses": losses, "verdicts": judgement.verdicts, "winner": winner.name}
+        trace.event("finalists", prompts=prompts, winner_coefficients=winner.coefficients, **facts)
+        uniform = losses[names.index(UNIFORM)]
+        found = winner.name, losses[judgement.place], prompts, uniform
+        self._log.info("winner: %s, loss %.4f on %s prompts (uniform %.4f)", *found)
         return winner
 
     def _search(self) -> FloatArray:
@@ -128,7 +158,7 @@ class _KitSearch:
             for generation in range(n_most):
                 if generation and not box.fits(CAUTION * max(recent_s)):
                     break
-                recent_s.append(self._time(partial(self._run_generation, optimizer, generation)))
+                recent_s.append(seconds_of(partial(self._run_generation, optimizer, generation)))
                 self._reserves.see_generation(*self._scored, max(recent_s))
                 if 10 * (generation + 1) // n_most > 10 * generation // n_most:  # a tenth
                     done = generation + 1, n_most, self._archive.best_loss(), max(0.0, box.left_s())
@@ -143,23 +173,17 @@ class _KitSearch:
 
     def _run_generation(self, optimizer: BatchOptimizer, index: int) -> None:
         genomes, started_s = optimizer.ask(), self._box.elapsed_s()
-        race = Race(genomes, GenomeEvaluator(self._space, self._steering.searched))
-        n_blocks = self._steering.searched.n_blocks
-        rungs = plan_race(len(genomes), n_blocks, self._settings.race_keep)
-        race.run(rungs, order_blocks(n_blocks, self._settings.seed, index))
-        self._scored = self._box.elapsed_s() - started_s, race.n_tokens
-        losses, full = race.losses(), race.rungs[-1]["candidates"]
-        self._run.trace.generation(
-            index=index,
-            genomes=genomes,
-            losses=losses,
-            per_expert=race.per_expert,
-            rungs=race.rungs,
-            n_tokens=race.n_tokens,
-            elapsed_s=self._box.elapsed_s(),
-        )
-        self._archive.add(genomes[full], losses[full], race.per_expert[full])
-        optimizer.tell(losses)
+        evaluator, settings = self._steering.searched, self._settings
+        rungs = plan_race(len(genomes), evaluator.n_blocks, settings.race_keep)
+        order = order_blocks(evaluator.n_blocks, settings.seed, index)
+        raced = race(evaluator, self._space.to_coefficients(genomes), rungs, order)
+        self._scored = self._box.elapsed_s() - started_s, raced.n_tokens
+        shown: dict[str, Any] = {"genomes": genomes, "losses": raced.losses, "per_expert": raced.per_expert}
+        shown |= {"last_rung": raced.last, "n_tokens": raced.n_tokens, "elapsed_s": self._box.elapsed_s()}
+        self._run.trace.write("generation", index=index, **shown)
+        full = raced.last
+        self._archive.add(genomes[full], raced.losses[full], raced.per_expert[full])
+        optimizer.tell(raced.losses)
 
     def _judge(self, mean: FloatArray) -> tuple[Judgement, str]:
         """Compare on unseen prompts; without time for that, on searched ones, where all is known already."""

@@ -7,6 +7,7 @@ Knows a run's models and its settings as plain values; not the kit, optimisers o
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from search.evaluate import PopulationEvaluator, Scoring
 from search.experts import ExpertSignals, TokenBudget, default_token_budget, expert_signals, plan_budget
 from search.finalists import SINGLE, Bounds, make_references, stack_coefficients
 from search.groups import Groups
-from search.prompts import PromptRequest, PromptSet, describe_prompts, write_prompts
+from search.prompts import PromptSet, write_prompts
 from search.space import FloatArray, Space
 from search.stack import StackedFactors
 from search.timebox import TimeBox
@@ -37,7 +38,7 @@ class KitRun:
     """Sections `search`, `prompts` and `objective`, with the configuration's keys as attributes."""
     box: TimeBox
     trace: Any
-    """Has `event(name, **content)` and `generation(**content)`."""
+    """Has `event(name, **content)` and `write(kind, **content)`."""
     start: FloatArray
     """(n_groups, n_adapters) first coefficients."""
     spread: FloatArray
@@ -76,18 +77,12 @@ class KitSteering:
 
     def _write_prompts(self) -> tuple[PromptSet, PromptSet]:
         run, settings = self._run, self._run.settings.prompts
-        request = PromptRequest(
-            per_adapter=settings.per_adapter + settings.unseen_per_adapter,
-            temperature=settings.temperature,
-            max_new_tokens=settings.max_new_tokens,
-            max_slot_tokens=settings.max_slot_tokens,
-            seed=run.settings.search.seed,
-            positions=run.settings.objective.positions,
-        )
-        prompts = write_prompts(run.model, run.tokenizer, run.stacked, run.groups, run.skeletons, request)
+        n_asked = settings.per_adapter + settings.unseen_per_adapter
+        told = {"seed": run.settings.search.seed, "positions": run.settings.objective.positions}
+        request: Any = SimpleNamespace(**{**vars(settings), **told, "per_adapter": n_asked})
+        prompts = write_prompts(run.model, run.tokenizer, *self._models[1:], run.skeletons, request)
         searched, unseen = prompts.split(settings.per_adapter)
-        written = [describe_prompts(part, self._names) for part in (searched, unseen)]
-        run.trace.event("prompts", sha256=prompts.sha256, searched=written[0], unseen=written[1])
+        run.trace.event("prompts", searched=searched.texts, unseen=unseen.texts)
         return searched, unseen
 
     def _ask_experts(self, searched: PromptSet, unseen: PromptSet) -> ExpertSignals:

@@ -46,6 +46,19 @@ def has_pycma() -> bool:
     return cma is not None
 
 
+def start_pycma(n_params: int, n_candidates: int, seed: int) -> Any:
+    """Start pycma's CMA with a standard normal distribution."""
+    options = {
+        **PYCMA_OPTIONS,
+        "popsize": n_candidates,
+        "CMA_diagonal": n_params > DIAGONAL_ABOVE,
+        "randn": np.random.RandomState(seed).randn,
+        "seed": np.nan,  # none: the global generator is not ours
+        "verbose": -9,
+    }
+    return cma.CMAEvolutionStrategy(np.zeros(n_params), 1.0, options)
+
+
 class PlainCMA:
     """CMA without nevergrad: pycma's, or the separable one."""
 
@@ -58,19 +71,7 @@ class PlainCMA:
             raise ImportError(f"only CMA goes without nevergrad, found {name!r}")
         refuse_few(name, n_candidates)
         self._is_pycma = library == "pycma"
-        options = {
-            **PYCMA_OPTIONS,
-            "popsize": n_candidates,
-            "CMA_diagonal": n_params > DIAGONAL_ABOVE,
-            "randn": np.random.RandomState(seed).randn,
-            "seed": np.nan,  # none: the global generator is not ours
-            "verbose": -9,
-        }
-        self.strategy: Any = (
-            cma.CMAEvolutionStrategy(np.zeros(n_params), 1.0, options)
-            if self._is_pycma
-            else SeparableCMA(n_params, n_candidates, seed)
-        )
+        self.strategy: Any = (start_pycma if self._is_pycma else SeparableCMA)(n_params, n_candidates, seed)
 
     def ask(self) -> FloatArray:
         """Return points (n_candidates, n_params)."""

@@ -14,6 +14,7 @@ CALLERS_MISTAKES = {"ValueError", "RuntimeError"}
 """What search/ raises for a caller's mistake, which a bundle's one caller does not make; a user's differs."""
 Edits = dict[int, list[str]]
 """Row -> the rows in its place."""
+_PAIRS = {"(": ")", "[": "]", "{": "}"}
 _SENTENCE_END = re.compile(r"(?<=[.])\s+(?=[A-Z])")
 
 
@@ -103,9 +104,9 @@ def shorten_texts(nodes: Sequence[ast.stmt], lines: Sequence[str]) -> Edits:
         body = getattr(node, "body", None)
         if isinstance(body, list) and isinstance(node, ast.stmt):
             edits |= _shorten_notes(body, lines)
-            is_definition = isinstance(node, ast.FunctionDef | ast.ClassDef)
-            if is_definition and body and is_text(body[0]):
-                edits |= _shorten_docstring(body[0], lines)
+            if isinstance(node, ast.FunctionDef | ast.ClassDef) and body and is_text(body[0]):
+                is_start = node.name == "__init__" and len(body) > 1  # the class says what it is
+                edits |= _nothing(*span(body[0])) if is_start else _shorten_docstring(body[0], lines)
     return edits
 
 
@@ -113,10 +114,15 @@ def _shorten_docstring(node: ast.stmt, lines: Sequence[str]) -> Edits:
     begin, end = span(node)
     if end == begin + 1:
         return {}
-    first = lines[begin].rstrip()
-    if len(first) + 3 > BUNDLE_WIDTH:  # without its last clause
-        first = re.split(r"[,;:] [^,;:]*$", first)[0] + "."
+    first = shorten_row(lines[begin].rstrip(), BUNDLE_WIDTH - 3)
     return {begin: [first + '"""'], **_nothing(begin + 1, end)}
+
+
+def shorten_row(row: str, width: int) -> str:
+    """Return a row of prose without its last clauses, as many as are needed to fit the width."""
+    while len(row) > width and re.search(r"[,;:] ", row):
+        row = re.split(r"[,;:] [^,;:]*$", row)[0] + "."
+    return row
 
 
 def _shorten_notes(body: Sequence[ast.stmt], lines: Sequence[str]) -> Edits:
@@ -138,6 +144,47 @@ def _shorten_notes(body: Sequence[ast.stmt], lines: Sequence[str]) -> Edits:
             comment = textwrap.wrap(text, BUNDLE_WIDTH - len(indent) - 2)
             edits[first] = [*(f"{indent}# {piece}" for piece in comment), row]
     return edits
+
+
+def join_rows(text: str) -> str:
+    """Put what stands in brackets an item a row into one row, where that fits, as a formatter would."""
+    rows = text.split("\n")
+    begin = len(rows)
+    while begin:
+        begin -= 1
+        end = _find_bracket_end(rows, begin)
+        if end is not None:
+            indent, inner = (
+                _indent_of(rows[begin]),
+                " ".join(row.strip() for row in rows[begin + 1 : end])[:-1],
+            )
+            whole = rows[begin] + inner + rows[end].strip()
+            if len(whole) <= BUNDLE_WIDTH and not whole.endswith(tuple(_PAIRS)):
+                rows[begin : end + 1] = [whole]
+            elif len(indent) + 4 + len(inner) <= BUNDLE_WIDTH and end > begin + 2:
+                rows[begin + 1 : end] = [f"{indent}    {inner}"]
+    return "\n".join(rows)
+
+
+def _find_bracket_end(rows: Sequence[str], begin: int) -> int | None:
+    """Return the row that closes what a row opens, if between them are items, one a row, and no comment."""
+    opening = rows[begin][-1:]
+    if opening not in _PAIRS or rows[begin].lstrip().startswith(("#", '"', "@")):
+        return None
+    indent = _indent_of(rows[begin])
+    for place in range(begin + 1, len(rows)):
+        row = rows[place]
+        if row.startswith(indent + _PAIRS[opening]):
+            is_tuple = place == begin + 2 and re.search(r"(^|[^\w\])])\($", rows[begin])
+            return place if place > begin + 1 and not is_tuple else None
+        is_item = _indent_of(row) == indent + "    " and row.endswith(",") and "#" not in row
+        if not is_item or row.lstrip().startswith(")"):
+            return None
+    return None
+
+
+def _indent_of(row: str) -> str:
+    return row[: len(row) - len(row.lstrip())]
 
 
 def _nothing(begin: int, end: int) -> Edits:

@@ -12,10 +12,12 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from search.errors import InputError
-from search.shorten import is_text, shorten_texts, span, with_comments
+from search.shorten import is_text, join_rows, shorten_texts, span, with_comments
 from search.syntax import OWN, Definition, Key, Module, Unit, read_module, renames
 
 STAND_IN_MODULE = "search.stand_ins"
+MOST_BREAKS = 2
+"""Constants of more lines stand apart from others."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,7 +196,7 @@ class _Writer:
                 piece = self._text_of(self.module, body[index : index + 2])
                 is_definition = isinstance(node, Definition)
                 apart = 3 if is_definition or last == "definition" else 1
-                if apart == 1 and "\n" in piece + (last or ""):
+                if apart == 1 and max(piece.count("\n"), (last or "").count("\n")) > MOST_BREAKS:
                     apart = 2
                 text += "\n" * apart * bool(text) + piece
                 last = "definition" if is_definition else piece
@@ -222,7 +224,8 @@ class _Writer:
                     edits[rows[0]] = self._text_of(other.module, [other.node]).split("\n")
         written = [text for row in range(begin, end) for text in edits.get(row, [lines[row]])]
         text = re.sub(r"\n{3,}", "\n\n", "\n".join(written))
-        return re.sub(r"(def .*:)\n\n", r"\1\n", text).rstrip()
+        text = re.sub(r"  # (type: ignore|noqa: PLR0913).*", "", text)
+        return join_rows(re.sub(r"(def .*:)\n\n", r"\1\n", text).rstrip())
 
     def _renamed(self, module: Module, node: ast.stmt) -> list[str]:
         lines = list(module.lines)

@@ -20,7 +20,7 @@ from search.adapters import Adapter, _check_settings, _pair_factors, check_adapt
 from search.balance import balanced_coefficients, find_misfits, relative_norms, update_products
 from search.errors import InputError
 from search.groups import Groups, group_modules
-from search.kit_search import search_in_kit
+from search.kit_search import search_in_kit, seconds_of
 from search.kit_signals import KitRun
 from search.merge import _mix_module, _zero_module, fold_updates, touched_modules
 from search.optimizer import find_library
@@ -48,13 +48,17 @@ class KitModels:
 
 
 def run_in_kit(
-    config: Mapping[str, Any], kit: KitModels, output: Path, about: Mapping[str, Any]
+    config: Mapping[str, Any],
+    skeletons: Mapping[str, Sequence[str]],
+    kit: KitModels,
+    output: Path,
+    about: Mapping[str, Any],
 ) -> tuple[FloatArray, dict[str, Tensor]]:
     """Search inside the kit's time box and fold the winner into the kit's base model.
 
     Args:
-        config: the bundled one: `search`, `prompts`, `objective`, `skeletons` by adapter name,
-            `queries_ahead`, `bundled_prior`.
+        config: the bundled one: `search`, `prompts`, `objective`, `queries_ahead`, `bundled_prior`.
+        skeletons: by the adapters' names.
         output: folder for the trace.
         about: version and commit, for the trace.
 
@@ -65,7 +69,7 @@ def run_in_kit(
         InputError: for adapters or a base that cannot be merged.
     """
     age_s = seconds_of_process()
-    settings = read_settings({**config, "skeletons": None, "bundled_prior": None})
+    settings = read_settings(config)
     began_s = time.monotonic() - (age_s if age_s < LONGEST_START_S else 0.0)
     box = TimeBox(settings.search.time_box_s, started_s=began_s)
     box.reserve("spare", SPARE_SHARE * box.limit_s + PROCESS_END_S)
@@ -76,17 +80,18 @@ def run_in_kit(
     trace, library = LenientTrace(output / "trace.jsonl"), find_library()
     logging.getLogger(__name__).info("the search is by %s", library)
     facts = {"optimizer_library": library, "config": config, "device": kit.model.device.type}
-    trace.header({**about, **facts, "groups": groups.names, "adapters": stacked.names, "left_out": left_out})
+    facts |= {"groups": groups.names, "adapters": stacked.names, "left_out": left_out}
+    trace.write("header", schema=1, **about, **facts)
     balanced = balanced_coefficients(update_products(stacked))
     start, spread = choose_start(settings.search, balanced, groups, stacked.names, config["bundled_prior"])
-    skeletons = [config["skeletons"].get(name, []) for name in stacked.names]
-    texts = [own[0] for own in skeletons if own]
+    texts = [skeletons.get(name, ()) for name in stacked.names]
+    asked = [own[0] for own in texts if own]
     run = KitRun(
         model=kit.model,
         tokenizer=kit.tokenizer,
         stacked=stacked,
         groups=groups,
-        skeletons=skeletons,
+        skeletons=texts,
         settings=settings,
         box=box,
         trace=trace,
@@ -95,8 +100,10 @@ def run_in_kit(
         balanced=balanced,
         has_prior=config["bundled_prior"] is not None,
         make_space=lambda low, high: make_kit_space(space, groups, low, high),
-        measure_later=lambda: measure_answers(kit, texts, settings.queries_ahead),
-        measure_merge=lambda table: _time(partial(mix_modules, adapters, table, groups, kit.model.device)),
+        measure_later=lambda: measure_answers(kit, asked, settings.queries_ahead),
+        measure_merge=lambda table: seconds_of(
+            partial(mix_modules, adapters, table, groups, kit.model.device)
+        ),
     )
     winner = search_in_kit(run)
     logging.getLogger(__name__).info("merge")
@@ -138,14 +145,20 @@ def leave_out_misfits(
     return kept, stacked, misfits
 
 
-def choose_start(
-    settings: Any,
-    balanced: FloatArray,
-    groups: Groups,
-    names: Sequence[str],
-    prior: Mapping[str, Any] | None,
+def start_neutral(
+    settings: Any, balanced: FloatArray, groups: Groups, names: Sequence[str], prior: Mapping[str, Any] | None
 ) -> tuple[FloatArray, FloatArray]:
-    """Return first coefficients and their spread, both (n_groups, n_adapters): neutral, or the prior's.
+    """Return first coefficients and their spread, both (n_groups, n_adapters), without a prior."""
+    row = balanced if settings.start == "balanced" else np.full(len(balanced), settings.start)
+    start: FloatArray = np.broadcast_to(row, (len(groups.names), len(names))).copy()
+    half = np.where(start == 0, SPREAD_AT_ZERO, np.abs(start) / 2)
+    return start, half if settings.sigma is None else np.full(start.shape, settings.sigma)
+
+
+def choose_start(
+    settings: Any, balanced: FloatArray, groups: Groups, names: Sequence[str], prior: Mapping[str, Any] | None
+) -> tuple[FloatArray, FloatArray]:
+    """Return first coefficients and their spread, both (n_groups, n_adapters): the prior's where it has any.
 
     Args:
         prior: `names` (k,), `groups` (n_groups,), `start` and `spread` (n_groups, k); of adapters that it
@@ -154,28 +167,11 @@ def choose_start(
     Raises:
         InputError: for a prior of other groups.
     """
-    row = balanced if settings.start == "balanced" else np.full(len(balanced), settings.start)
-    start: FloatArray = np.broadcast_to(row, (len(groups.names), len(names))).copy()
-    half = np.where(start == 0, SPREAD_AT_ZERO, np.abs(start) / 2)
-    spread: FloatArray = half if settings.sigma is None else np.full(start.shape, settings.sigma)
-    return take_prior(prior, settings, groups, names, (start, spread)) if prior else (start, spread)
-
-
-def take_prior(
-    prior: Mapping[str, Any],
-    settings: Any,
-    groups: Groups,
-    names: Sequence[str],
-    neutral: tuple[FloatArray, FloatArray],
-) -> tuple[FloatArray, FloatArray]:
-    """Return neutral start and spread (n_groups, n_adapters) with the prior's columns where it has one.
-
-    Raises:
-        InputError: for a prior of other groups.
-    """
+    start, spread = start_neutral(settings, balanced, groups, names, prior)
+    if prior is None:
+        return start, spread
     if list(prior["groups"]) != list(groups.names):
         raise InputError("the bundled prior has other groups of modules than these adapters; bundle another")
-    start, spread = neutral
     for column, name in enumerate(names):
         if name in prior["names"]:
             known = prior["names"].index(name)
@@ -226,9 +222,9 @@ def measure_answers(kit: KitModels, texts: Sequence[str], n_queries: int) -> flo
         return 0.0
     own = [*texts[:2], "Q:"][:2]
     kit.answer(own[0])  # the first loads what later ones find there
-    writing_s = min(_time(partial(kit.answer, text)) for text in own)
+    writing_s = min(seconds_of(partial(kit.answer, text)) for text in own)
     with torch.no_grad():
-        reading_s = min(_time(partial(_read, kit, text)) for text in own)
+        reading_s = min(seconds_of(partial(_read, kit, text)) for text in own)
     choices_s = 2 * reading_s  # the input, then its choices
     return n_queries * (GENERATION_SHARE * writing_s + (1 - GENERATION_SHARE) * choices_s)
 
@@ -236,12 +232,6 @@ def measure_answers(kit: KitModels, texts: Sequence[str], n_queries: int) -> flo
 def _read(kit: KitModels, text: str) -> None:
     ids = kit.tokenizer(text, return_tensors="pt")["input_ids"].to(kit.model.device)
     kit.model(input_ids=ids).logits.sum().item()
-
-
-def _time(step: Callable[[], object]) -> float:
-    started_s = time.monotonic()
-    step()
-    return time.monotonic() - started_s
 
 
 def ready_base(model: Any, device: str) -> Any:
