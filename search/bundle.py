@@ -30,16 +30,16 @@ ANYTHING = ("", "")
 STAND_INS: dict[Key, Key] = {
     ("search.drafts", "DraftSettings"): ANYTHING,
     ("search.prompts", "draft_settings"): ("search.stand_ins", "as_it_is"),
-    ("search.evaluate", "PopulationEvaluator"): ("search.stand_ins", "PlainEvaluator"),
+    ("search.evaluate", "PopulationEvaluator"): ("search.plain_parts", "PlainEvaluator"),
     ("search.prompts", "PromptRequest"): ANYTHING,
-    ("search.population", "MixedLinear"): ("search.stand_ins", "PlainLinear"),
-    ("search.passes", "Passes"): ("search.stand_ins", "PlainPasses"),
+    ("search.population", "MixedLinear"): ("search.plain_parts", "PlainLinear"),
+    ("search.passes", "Passes"): ("search.plain_parts", "PlainPasses"),
     ("search.skeleton", "parse_skeleton"): ("search.stand_ins", "split_skeleton"),
     ("search.adapters", "_check_settings"): ("search.stand_ins", "check_plain_lora"),
     ("search.adapters", "_pair_factors"): ("search.stand_ins", "pair_plain_factors"),
     ("search.adapters", "check_adapter"): ("search.stand_ins", "check_fit"),
-    ("search.experts", "TokenBudget"): ("search.stand_ins", "PlainBudget"),
-    ("search.prompts", "_Desk"): ("search.stand_ins", "TerseDesk"),
+    ("search.experts", "TokenBudget"): ("search.plain_parts", "PlainBudget"),
+    ("search.prompts", "_Desk"): ("search.plain_parts", "TerseDesk"),
     ("search.sampling", "tokens_together"): ("search.stand_ins", "most_cached_tokens"),
     ("search.objective", "disagreement"): ("search.stand_ins", "known_disagreement"),
 }
@@ -57,12 +57,6 @@ CLASS = '''
 class MyMerge(Merges):
     """Coefficients per adapter, searched without data inside the time box."""
 
-    def __init__(self, name):
-        super().__init__(name)
-        self.loaded_models = self.loaded_models or {}
-        self.loaded_configs = self.loaded_configs or {}
-        self.merged_model = self.merged_model or {}
-
     def merge(self):
         """Search, fold the winner into `base_model`, and keep it in `merged_model` as an adapter."""
         logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -70,6 +64,7 @@ class MyMerge(Merges):
         if self.architecture != "decoder":
             raise InputError(f"architecture {self.architecture!r} is not supported, only 'decoder' is")
         if not self.loaded_models or not self.loaded_configs:
+            self.loaded_models, self.loaded_configs = {}, {}  # some kits leave None
             self._load_huggingface_models_and_configs()
         if self.base_model is None:
             self._load_base_model()
@@ -163,7 +158,8 @@ def _is_plain(space: SpaceSettings) -> bool:
 
 
 def _heading(name: str, headline: str) -> str:
-    return shorten_row(f"# ======== {name}: {headline}", BUNDLE_WIDTH)
+    head = f"# ======== {name}: "
+    return head + shorten_row(headline, BUNDLE_WIDTH - len(head))
 
 
 def _bundle_head(about: Mapping[str, Any]) -> str:

@@ -47,8 +47,8 @@ class Raced:
     """(n_candidates,) to tell the optimiser."""
     per_expert: FloatArray
     """(n_candidates, n_experts) on the prompts that each candidate was scored on."""
-    last: NDArray[np.int64]
-    """Candidates of the last rung, scored on all prompts."""
+    rungs: list[tuple[NDArray[np.int64], FloatArray]]
+    """Candidates in each, and their losses; those of the last are scored on all prompts."""
     n_tokens: int
 
 
@@ -68,7 +68,7 @@ def race(evaluator: Any, table: FloatArray, rungs: Sequence[Rung], order: NDArra
         counts, n_tokens, n_seen = counts + found.counts, n_tokens + found.n_tokens, rung.n_blocks
         losses, per_expert[alive] = evaluator.combine(sums[alive], counts)
         scored.append((alive, losses))
-    return Raced(rank_by_rung(len(table), scored), per_expert, scored[-1][0], n_tokens)
+    return Raced(rank_by_rung(len(table), scored), per_expert, scored, n_tokens)
 
 
 def seconds_of(step: Callable[[], object]) -> float:
@@ -179,9 +179,9 @@ class _KitSearch:
         raced = race(evaluator, self._space.to_coefficients(genomes), rungs, order)
         self._scored = self._box.elapsed_s() - started_s, raced.n_tokens
         shown: dict[str, Any] = {"genomes": genomes, "losses": raced.losses, "per_expert": raced.per_expert}
-        shown |= {"last_rung": raced.last, "n_tokens": raced.n_tokens, "elapsed_s": self._box.elapsed_s()}
+        shown |= {"rungs": raced.rungs, "n_tokens": raced.n_tokens, "elapsed_s": self._box.elapsed_s()}
         self._run.trace.write("generation", index=index, **shown)
-        full = raced.last
+        full = raced.rungs[-1][0]
         self._archive.add(genomes[full], raced.losses[full], raced.per_expert[full])
         optimizer.tell(raced.losses)
 
@@ -208,9 +208,8 @@ class _KitSearch:
 
     def _archived(self) -> tuple[FloatArray, FloatArray, FloatArray]:
         """Return the archive's distinct tables (k, n_groups, n_adapters), losses and losses per expert."""
-        genomes, losses, per_expert = self._archive.contents(
-            self._space.n_params, len(self._run.stacked.names)
-        )
+        n_experts = len(self._run.stacked.names)
+        genomes, losses, per_expert = self._archive.contents(self._space.n_params, n_experts)
         tables, best = self._space.to_coefficients(genomes), list[int]()
         for place in range(len(tables)):
             if not (np.abs(tables[best] - tables[place]).max(axis=(1, 2)) < SAME).any():

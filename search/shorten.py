@@ -5,7 +5,6 @@ Knows Python's syntax tree and rows of text; not what the code does, nor which o
 
 import ast
 import re
-import textwrap
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
@@ -15,6 +14,8 @@ CALLERS_MISTAKES = {"ValueError", "RuntimeError"}
 Edits = dict[int, list[str]]
 """Row -> the rows in its place."""
 _PAIRS = {"(": ")", "[": "]", "{": "}"}
+_CALL = re.compile(r"[\w\])]\($")
+"""Opens a call's or a definition's arguments, not a tuple."""
 _SENTENCE_END = re.compile(r"(?<=[.])\s+(?=[A-Z])")
 
 
@@ -119,10 +120,10 @@ def _shorten_docstring(node: ast.stmt, lines: Sequence[str]) -> Edits:
 
 
 def shorten_row(row: str, width: int) -> str:
-    """Return a row of prose without its last clauses, as many as are needed to fit the width."""
-    while len(row) > width and re.search(r"[,;:] ", row):
-        row = re.split(r"[,;:] [^,;:]*$", row)[0] + "."
-    return row
+    """Return a row of prose without its last clauses, else words, as many as must go to fit the width."""
+    while len(row) > width and re.search(r"[;:] ", row):
+        row = re.split(r"[;:] [^;:]*$", row)[0] + "."
+    return row if len(row) <= width else row[: width - 3].rsplit(" ", 1)[0].rstrip(",.") + " ..."
 
 
 def _shorten_notes(body: Sequence[ast.stmt], lines: Sequence[str]) -> Edits:
@@ -133,16 +134,16 @@ def _shorten_notes(body: Sequence[ast.stmt], lines: Sequence[str]) -> Edits:
             continue
         begin, end = span(note)
         text = " ".join(row.strip() for row in lines[begin:end])[3:-3]
-        text = _SENTENCE_END.split(text)[0].strip()
+        text = _SENTENCE_END.split(text)[0].strip().removesuffix(".")
         first, behind = span(node)
         row = lines[first]
         indent = row[: len(row) - len(row.lstrip())]
         edits |= _nothing(behind, end)
-        if behind == first + 1 and "#" not in row and len(row) + 4 + len(text) <= BUNDLE_WIDTH:
-            edits[first] = [f"{row}  # {text}"]
+        short = shorten_row(text, BUNDLE_WIDTH - len(row) - 4).removesuffix(".")
+        if behind == first + 1 and "#" not in row and not short.endswith("..."):
+            edits[first] = [f"{row}  # {short}"]
         else:
-            comment = textwrap.wrap(text, BUNDLE_WIDTH - len(indent) - 2)
-            edits[first] = [*(f"{indent}# {piece}" for piece in comment), row]
+            edits[first] = [f"{indent}# {shorten_row(text, BUNDLE_WIDTH - len(indent) - 2)}", row]
     return edits
 
 
@@ -161,7 +162,7 @@ def join_rows(text: str) -> str:
             whole = rows[begin] + inner + rows[end].strip()
             if len(whole) <= BUNDLE_WIDTH and not whole.endswith(tuple(_PAIRS)):
                 rows[begin : end + 1] = [whole]
-            elif len(indent) + 4 + len(inner) <= BUNDLE_WIDTH and end > begin + 2:
+            elif _CALL.search(rows[begin]) and len(indent) + 4 + len(inner) <= BUNDLE_WIDTH:
                 rows[begin + 1 : end] = [f"{indent}    {inner}"]
     return "\n".join(rows)
 
@@ -175,7 +176,7 @@ def _find_bracket_end(rows: Sequence[str], begin: int) -> int | None:
     for place in range(begin + 1, len(rows)):
         row = rows[place]
         if row.startswith(indent + _PAIRS[opening]):
-            is_tuple = place == begin + 2 and re.search(r"(^|[^\w\])])\($", rows[begin])
+            is_tuple = place == begin + 2 and opening == "(" and not _CALL.search(rows[begin])
             return place if place > begin + 1 and not is_tuple else None
         is_item = _indent_of(row) == indent + "    " and row.endswith(",") and "#" not in row
         if not is_item or row.lstrip().startswith(")"):

@@ -68,24 +68,23 @@ def run_in_kit(
     Raises:
         InputError: for adapters or a base that cannot be merged.
     """
-    age_s = seconds_of_process()
     settings = read_settings(config)
-    began_s = time.monotonic() - (age_s if age_s < LONGEST_START_S else 0.0)
-    box = TimeBox(settings.search.time_box_s, started_s=began_s)
-    box.reserve("spare", SPARE_SHARE * box.limit_s + PROCESS_END_S)
+    box = start_box(settings.search.time_box_s)
     adapters = [_read_adapter(source, *loaded, kit) for source, loaded in kit.adapters.items()]
     adapters, stacked, left_out = leave_out_misfits(adapters, kit.model, settings.search.max_relative_norm)
     modules, space = touched_modules(adapters), settings.search.space
     groups = group_modules(modules, space.groups, space.layers_per_block)
-    trace, library = LenientTrace(output / "trace.jsonl"), find_library()
-    logging.getLogger(__name__).info("the search is by %s", library)
-    facts = {"optimizer_library": library, "config": config, "device": kit.model.device.type}
-    facts |= {"groups": groups.names, "adapters": stacked.names, "left_out": left_out}
-    trace.write("header", schema=1, **about, **facts)
+    trace = LenientTrace(output / "trace.jsonl")
+    facts = {"groups": groups.names, "adapters": stacked.names, "left_out": left_out}
+    trace.write("header", schema=1, **about, **name_optimizer(), config=config, **facts)
     balanced = balanced_coefficients(update_products(stacked))
     start, spread = choose_start(settings.search, balanced, groups, stacked.names, config["bundled_prior"])
     texts = [skeletons.get(name, ()) for name in stacked.names]
     asked = [own[0] for own in texts if own]
+
+    def measure_merge(table: FloatArray) -> float:
+        return seconds_of(partial(mix_modules, adapters, table, groups, torch.device("cpu")))
+
     run = KitRun(
         model=kit.model,
         tokenizer=kit.tokenizer,
@@ -101,15 +100,28 @@ def run_in_kit(
         has_prior=config["bundled_prior"] is not None,
         make_space=lambda low, high: make_kit_space(space, groups, low, high),
         measure_later=lambda: measure_answers(kit, asked, settings.queries_ahead),
-        measure_merge=lambda table: seconds_of(
-            partial(mix_modules, adapters, table, groups, kit.model.device)
-        ),
+        measure_merge=measure_merge,
     )
     winner = search_in_kit(run)
     logging.getLogger(__name__).info("merge")
     merged = merge_into(kit.model, adapters, winner.coefficients, groups)
     trace.event("merged", winner=winner.name, elapsed_s=box.elapsed_s())
     return winner.coefficients, merged
+
+
+def start_box(limit_s: float) -> TimeBox:
+    """Start the kit's time box when the process started."""
+    age_s = seconds_of_process()
+    box = TimeBox(limit_s, started_s=time.monotonic() - (age_s if age_s < LONGEST_START_S else 0.0))
+    box.reserve("spare", SPARE_SHARE * box.limit_s + PROCESS_END_S)
+    return box
+
+
+def name_optimizer() -> dict[str, str]:
+    """Return which library searches, and say so."""
+    library = find_library()
+    logging.getLogger(__name__).info("the search is by %s", library)
+    return {"optimizer_library": library}
 
 
 def _read_adapter(

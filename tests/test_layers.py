@@ -40,7 +40,17 @@ LAYERS = (
     {"dummy", "hub", "plain_cma", "sources"},
     {"adapters", "archive", "base", "finalists", "gradient", "movement", "optimizer", "plugin", "priors"}
     | {"racing", "report", "settings", "tables"},
-    {"config", "figures", "figures_genomes", "finding", "loop", "prior_learning", "recorded", "stack"},
+    {
+        "config",
+        "figures",
+        "figures_genomes",
+        "finding",
+        "kit_optimizer",
+        "loop",
+        "prior_learning",
+        "recorded",
+        "stack",
+    },
     {"balance", "forecast", "merge", "parts", "population", "progress", "reserves", "resume", "stages"}
     | {"summary"},
     {"compress", "delivery", "diagnosis", "drafts", "folding", "planning", "trust"},
@@ -51,7 +61,7 @@ LAYERS = (
     {"steering"},
     {"ending", "kit_signals", "setup"},
     {"kit_search", "outcome", "steps", "trial"},
-    {"footprint", "phases", "stand_ins"},
+    {"footprint", "phases", "plain_parts", "stand_ins"},
     {"doctor", "run", "submission"},
     {"bundle"},
     {"__init__", "__main__"},
