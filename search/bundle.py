@@ -24,7 +24,7 @@ from search.syntax import Key
 QUERIES_AHEAD = 1200
 """Queries that the kit answers after the merge, one at a time."""
 
-ENTRIES = ("run_in_kit", "ready_base", "KitModels")
+ENTRIES = ("run_in_kit",)
 ANYTHING = ("", "")
 """Of a configuration's classes, which a literal replaces, only annotations are left."""
 STAND_INS: dict[Key, Key] = {
@@ -41,12 +41,13 @@ STAND_INS: dict[Key, Key] = {
     ("search.experts", "TokenBudget"): ("search.plain_parts", "PlainBudget"),
     ("search.prompts", "_Desk"): ("search.plain_parts", "TerseDesk"),
     ("search.sampling", "tokens_together"): ("search.stand_ins", "most_cached_tokens"),
-    ("search.objective", "disagreement"): ("search.stand_ins", "known_disagreement"),
+    ("search.objective", "disagreement"): ("search.stand_ins", "disagree"),
 }
 """What is bundled in place of what: (module, name) -> (module, name)."""
 LEFT_OUT: dict[Key, set[str]] = {
     ("search.prompts", "PromptSet"): {"n_tokens", "sha256"},
     ("search.evaluate", "PopulationEvaluator"): {"oom_events"},
+    ("search.finalists", "Judgement"): {"rivals"},
 }
 """Methods that nothing in a bundle calls, though others of their name are called."""
 
@@ -70,22 +71,8 @@ class MyMerge(Merges):
             self._load_base_model()
         if self.tokenizer is None:
             self._load_tokenizer()
-        self.base_model = ready_base(self.base_model, str(self.device))
-        tokenizer = self.input_tokenizer or self.tokenizer
-        if tokenizer.pad_token_id is None:
-            tokenizer.pad_token = tokenizer.eos_token
-        adapters = {}
-        for source, _ in self.list_models:
-            config = self.loaded_configs[source]
-            adapters[source] = self.loaded_models[source], getattr(config, "to_dict", lambda c=config: c)()
-        kit = KitModels(self.base_model, tokenizer, self.base_model_name, adapters, self._answer)
-        output = Path("output") / self.name
-        self.coefficients, self.merged_model = run_in_kit(CONFIG, SKELETONS, kit, output, ABOUT)
+        self.coefficients, self.merged_model = run_in_kit(CONFIG, SKELETONS, self, ABOUT)
         return self.base_model
-
-    def _answer(self, text):
-        """Answer a text as the kit will: one at a time, at most `max_gen_len` tokens."""
-        return self.generate({"input": [text]})
 '''
 
 

@@ -57,9 +57,8 @@ class KitOptimizer:
     ) -> None:
         """Start from a point (n_params,) and standard deviations (n_params,), in a free space."""
         self._start, self._spread, self._worst = start, spread, np.nan
-        n = max(
-            2, len(start)
-        )  # with an idle coordinate for one alone: pycma does not search in one dimension
+        # with an idle coordinate where there is one alone: pycma does not search in one dimension
+        n = max(2, len(start))
         library = library or find_library()
         if library == "nevergrad":
             self._engine: Any = NevergradCMA(n, n_candidates, budget, seed)

@@ -105,7 +105,7 @@ class _KitSearch:
         self._space: Space = run.make_space(steering.bounds.low, steering.bounds.high)
         self._archive = Archive(self._settings.n_finalists)
         self._uniform = next(one.coefficients for one in steering.references if one.name == UNIFORM)
-        self._merge_s = MERGE_TIMES * run.measure_merge(self._uniform)
+        self._merge_s = MERGE_TIMES * seconds_of(lambda: run.mix(self._uniform))
         self._later_s: float | None = run.box.reserves["later"]  # measured a moment ago
         self._reserves = Reserves(run.box, self._measure_costs, measuring_s)
 

@@ -50,8 +50,8 @@ class KitRun:
     """From bounds, low and high, (n_adapters,) each, to the space that is searched."""
     measure_later: Callable[[], float]
     """Measures the seconds that the caller needs after the run."""
-    measure_merge: Callable[[FloatArray], float]
-    """Measures the seconds that merging by coefficients takes."""
+    mix: Callable[[FloatArray], object]
+    """Merges by coefficients (n_groups, n_adapters), and leaves the model as it is."""
 
 
 class KitSteering:

@@ -25,15 +25,8 @@ MIN_POPULATION = 4
 """Candidates below which CMA fails on many parameters, and hardly learns on few."""
 PYCMA_OPTIONS = {
     "AdaptSigma": CMAAdaptSigmaTPA,
-    "maxiter": np.inf,
-    "tolfacupx": np.inf,
-    "tolupsigma": np.inf,
-    "tolflatfitness": np.inf,
-    "tolconditioncov": 0,
-    "tolfun": 0,
-    "tolfunhist": 0,
-    "tolstagnation": 0,
-    "tolx": 0,
+    **dict.fromkeys(["maxiter", "tolfacupx", "tolupsigma", "tolflatfitness"], np.inf),
+    **dict.fromkeys(["tolconditioncov", "tolfun", "tolfunhist", "tolstagnation", "tolx"], 0),
     "tolxstagnation": False,
 }
 """Two-point step size (Hansen 2008, arXiv:0805.0231): on quadratics of 60 to 240 parameters, after 125

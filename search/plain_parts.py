@@ -21,7 +21,7 @@ from search.errors import InputError
 from search.evaluate import PopulationEvaluator, Scoring, _assign_blocks
 from search.experts import AT_ONCE, ExpertSignals, TokenBudget, default_token_budget, scored_logits
 from search.groups import Groups
-from search.memory import MEASURED_TOKENS, RESERVED_SHARE, densest_rows, measure_peak, pick_tokens
+from search.memory import MEASURED_TOKENS, MOST_TOKENS, RESERVED_SHARE, densest_rows, measure_peak
 from search.objective import Objective, sum_by_index
 from search.passes import Passes, position_values
 from search.population import MixedLinear, Mixtures, mixed_weights
@@ -53,7 +53,10 @@ class PlainBudget(TokenBudget):
         self.bytes_per_token = peak_bytes / sum(lengths[row] for row in rows)
         used, held = torch.cuda.memory_allocated(device), torch.cuda.memory_reserved(device)
         limit = (torch.cuda.mem_get_info(device)[0] + held) * (1 - RESERVED_SHARE)
-        self.tokens_per_forward = pick_tokens(limit - used - kept_bytes, self.bytes_per_token)
+        tokens = MOST_TOKENS
+        while tokens > 1 and tokens * self.bytes_per_token > limit - used - kept_bytes:
+            tokens //= 2
+        self.tokens_per_forward = tokens
 
 
 class TerseDesk(_Desk):

@@ -5,6 +5,7 @@ Knows Python's syntax tree and rows of text; not what the code does, nor which o
 
 import ast
 import re
+import textwrap
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
@@ -139,11 +140,12 @@ def _shorten_notes(body: Sequence[ast.stmt], lines: Sequence[str]) -> Edits:
         row = lines[first]
         indent = row[: len(row) - len(row.lstrip())]
         edits |= _nothing(behind, end)
-        short = shorten_row(text, BUNDLE_WIDTH - len(row) - 4).removesuffix(".")
+        short = shorten_row(text, BUNDLE_WIDTH - len(row) - 4)
         if behind == first + 1 and "#" not in row and not short.endswith("..."):
-            edits[first] = [f"{row}  # {short}"]
+            edits[first] = [f"{row}  # {short.removesuffix('.')}"]
         else:
-            edits[first] = [f"{indent}# {shorten_row(text, BUNDLE_WIDTH - len(indent) - 2)}", row]
+            comment = textwrap.wrap(text, BUNDLE_WIDTH - len(indent) - 2)
+            edits[first] = [*(f"{indent}# {piece}" for piece in comment), row]
     return edits
 
 

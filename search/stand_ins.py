@@ -157,9 +157,7 @@ def most_cached_tokens(model: Any) -> int:
     return MAX_CACHED_TOKENS
 
 
-def known_disagreement(
-    objective: str, merged_logp: Tensor, expert_logp: Tensor, next_tokens: Tensor
-) -> Tensor:
+def disagree(objective: str, merged_logp: Tensor, expert_logp: Tensor, next_tokens: Tensor) -> Tensor:
     """Return what an objective measures at each position (..., n_positions); smaller is better."""
     return OBJECTIVES[objective](merged_logp, expert_logp, next_tokens)
 

@@ -6,8 +6,7 @@ queries. See search/kit_search.py.
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,32 +33,15 @@ GENERATION_SHARE = 0.45
 """Of queries, those that are answered in words; the competition's file has 350 of 807."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class KitModels:
-    """What the kit's base class has loaded."""
-
-    model: Any
-    tokenizer: Any
-    base_name: str
-    adapters: Mapping[str, tuple[Mapping[str, Tensor], Mapping[str, Any]]]
-    """Hub id or folder -> its PEFT state dict and its PEFT configuration, in the kit's order."""
-    answer: Callable[[str], object]
-    """Has the kit write an answer to a text."""
-
-
 def run_in_kit(
-    config: Mapping[str, Any],
-    skeletons: Mapping[str, Sequence[str]],
-    kit: KitModels,
-    output: Path,
-    about: Mapping[str, Any],
+    config: Mapping[str, Any], skeletons: Mapping[str, Sequence[str]], kit: Any, about: Mapping[str, Any]
 ) -> tuple[FloatArray, dict[str, Tensor]]:
     """Search inside the kit's time box and fold the winner into the kit's base model.
 
     Args:
         config: the bundled one: `search`, `prompts`, `objective`, `queries_ahead`, `bundled_prior`.
         skeletons: by the adapters' names.
-        output: folder for the trace.
+        kit: an object of its class Merges, which has loaded all models.
         about: version and commit, for the trace.
 
     Returns:
@@ -69,25 +51,22 @@ def run_in_kit(
         InputError: for adapters or a base that cannot be merged.
     """
     settings = read_settings(config)
-    box = start_box(settings.search.time_box_s)
-    adapters = [_read_adapter(source, *loaded, kit) for source, loaded in kit.adapters.items()]
-    adapters, stacked, left_out = leave_out_misfits(adapters, kit.model, settings.search.max_relative_norm)
-    modules, space = touched_modules(adapters), settings.search.space
-    groups = group_modules(modules, space.groups, space.layers_per_block)
-    trace = LenientTrace(output / "trace.jsonl")
-    facts = {"groups": groups.names, "adapters": stacked.names, "left_out": left_out}
-    trace.write("header", schema=1, **about, **name_optimizer(), config=config, **facts)
+    box, space = start_box(settings.search.time_box_s), settings.search.space
+    model = kit.base_model = ready_base(kit.base_model, str(kit.device))
+    adapters = [read_adapter(source, kit) for source, _ in kit.list_models]
+    adapters, stacked, left_out = leave_out_misfits(adapters, model, settings.search.max_relative_norm)
+    groups = group_modules(touched_modules(adapters), space.groups, space.layers_per_block)
+    trace, library = LenientTrace(Path("output") / kit.name / "trace.jsonl"), find_library()
+    logging.getLogger(__name__).info("the search is by %s", library)
+    facts = {"optimizer_library": library, "adapters": stacked.names, "left_out": left_out}
+    trace.write("header", schema=1, **about, config=config, groups=groups.names, **facts)
     balanced = balanced_coefficients(update_products(stacked))
     start, spread = choose_start(settings.search, balanced, groups, stacked.names, config["bundled_prior"])
     texts = [skeletons.get(name, ()) for name in stacked.names]
     asked = [own[0] for own in texts if own]
-
-    def measure_merge(table: FloatArray) -> float:
-        return seconds_of(partial(mix_modules, adapters, table, groups, torch.device("cpu")))
-
     run = KitRun(
-        model=kit.model,
-        tokenizer=kit.tokenizer,
+        model=model,
+        tokenizer=ready_tokenizer(kit),
         stacked=stacked,
         groups=groups,
         skeletons=texts,
@@ -100,11 +79,11 @@ def run_in_kit(
         has_prior=config["bundled_prior"] is not None,
         make_space=lambda low, high: make_kit_space(space, groups, low, high),
         measure_later=lambda: measure_answers(kit, asked, settings.queries_ahead),
-        measure_merge=measure_merge,
+        mix=lambda table: mix_modules(adapters, table, groups, torch.device("cpu")),
     )
     winner = search_in_kit(run)
     logging.getLogger(__name__).info("merge")
-    merged = merge_into(kit.model, adapters, winner.coefficients, groups)
+    merged = merge_into(model, adapters, winner.coefficients, groups)
     trace.event("merged", winner=winner.name, elapsed_s=box.elapsed_s())
     return winner.coefficients, merged
 
@@ -117,24 +96,32 @@ def start_box(limit_s: float) -> TimeBox:
     return box
 
 
-def name_optimizer() -> dict[str, str]:
-    """Return which library searches, and say so."""
-    library = find_library()
-    logging.getLogger(__name__).info("the search is by %s", library)
-    return {"optimizer_library": library}
+def ready_base(model: Any, device: str) -> Any:
+    """Put the kit's base model on its device, in the type that search and answers use, in eval mode."""
+    place, dtype = torch.device(device), torch.float32
+    if place.type == "cuda":
+        dtype = torch.bfloat16 if torch.cuda.get_device_capability(place) >= (8, 0) else torch.float16
+    return model.to(place, dtype).eval().requires_grad_(False)
 
 
-def _read_adapter(
-    source: str, state: Mapping[str, Tensor], config: Mapping[str, Any], kit: KitModels
-) -> Adapter:
+def ready_tokenizer(kit: Any) -> Any:
+    """Return the kit's tokenizer, with a padding token."""
+    tokenizer = kit.input_tokenizer or kit.tokenizer
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def read_adapter(source: str, kit: Any) -> Adapter:
     """Check what the kit has loaded of an adapter, pair its matrices, and check that they fit the base."""
-    name, plain = source.rstrip("/").rsplit("/", 1)[-1], dict(config)
-    where = f"adapter {name!r} ({source})"
+    name, config = source.rstrip("/").rsplit("/", 1)[-1], kit.loaded_configs[source]
+    where, plain = f"adapter {name!r} ({source})", dict(getattr(config, "to_dict", lambda: config)())
     plain["peft_type"] = getattr(plain.get("peft_type"), "value", plain.get("peft_type"))
     _check_settings(plain, where)
-    tensors = {key.replace(".default.weight", ".weight"): tensor.cpu() for key, tensor in state.items()}
+    state = kit.loaded_models[source].items()
+    tensors = {key.replace(".default.weight", ".weight"): tensor.cpu() for key, tensor in state}
     adapter = Adapter(name, _pair_factors(tensors, plain, where), source, None, "", "")
-    check_adapter(adapter, kit.model, kit.base_name)
+    check_adapter(adapter, kit.base_model, kit.base_model_name)
     return adapter
 
 
@@ -228,27 +215,21 @@ def merge_into(
     return merged
 
 
-def measure_answers(kit: KitModels, texts: Sequence[str], n_queries: int) -> float:
-    """Measure the seconds of so many queries, one at a time, on texts of our own."""
+def measure_answers(kit: Any, texts: Sequence[str], n_queries: int) -> float:
+    """Measure the seconds of so many queries, one at a time as the kit asks them, on texts of our own."""
     if not n_queries:
         return 0.0
-    own = [*texts[:2], "Q:"][:2]
-    kit.answer(own[0])  # the first loads what later ones find there
-    writing_s = min(seconds_of(partial(kit.answer, text)) for text in own)
-    with torch.no_grad():
-        reading_s = min(seconds_of(partial(_read, kit, text)) for text in own)
+    own, model, tokenizer = [*texts[:2], "Q:"][:2], kit.base_model, kit.input_tokenizer or kit.tokenizer
+
+    def write(text: str) -> None:
+        kit.generate({"input": [text]})
+
+    @torch.no_grad()
+    def read(text: str) -> None:
+        ids = tokenizer(text, return_tensors="pt")["input_ids"].to(model.device)
+        model(input_ids=ids).logits.sum().item()
+
+    write(own[0])  # the first loads what later ones find there
+    writing_s, reading_s = (min(seconds_of(partial(do, text)) for text in own) for do in (write, read))
     choices_s = 2 * reading_s  # the input, then its choices
     return n_queries * (GENERATION_SHARE * writing_s + (1 - GENERATION_SHARE) * choices_s)
-
-
-def _read(kit: KitModels, text: str) -> None:
-    ids = kit.tokenizer(text, return_tensors="pt")["input_ids"].to(kit.model.device)
-    kit.model(input_ids=ids).logits.sum().item()
-
-
-def ready_base(model: Any, device: str) -> Any:
-    """Put the kit's base model on its device, in the type that search and answers use, in eval mode."""
-    place, dtype = torch.device(device), torch.float32
-    if place.type == "cuda":
-        dtype = torch.bfloat16 if torch.cuda.get_device_capability(place) >= (8, 0) else torch.float16
-    return model.to(place, dtype).eval().requires_grad_(False)
