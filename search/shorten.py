@@ -6,8 +6,10 @@ Knows Python's syntax tree and rows of text; not what the code does, nor which o
 import ast
 import re
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from itertools import pairwise
+
+from search.errors import InputError
 
 BUNDLE_WIDTH = 110
 CALLERS_MISTAKES = {"ValueError", "RuntimeError"}
@@ -20,21 +22,52 @@ _CALL = re.compile(r"[\w\])]\($")
 _SENTENCE_END = re.compile(r"(?<=[.])\s+(?=[A-Z])")
 
 
-def drop_checks(tree: ast.Module, lines: Sequence[str]) -> set[int]:
-    """Take checks of callers out of the tree, with what only they use; return the rows that go."""
-    gone = set[int]()
+def drop_checks(text: str) -> str:
+    """Return a module's text without checks of callers, and without what only they use."""
+    tree, rows, gone = ast.parse(text), text.split("\n"), set[int]()
     for function in [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]:
         dropped = list(_drop_from(function))
         if dropped:
             dropped += _drop_unused(function, dropped)
         for node in dropped:
             begin, end = span(node)
-            gone |= set(range(with_comments(lines, begin), end))
+            gone |= set(range(with_comments(rows, begin), end))
     for holder in [node for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]:
         for part in [p for p in holder.body if isinstance(p, ast.FunctionDef) and not p.body]:
-            holder.body.remove(part)
             gone |= set(range(*span(part)))
-    return gone
+    return _return_at_once("\n".join(row for place, row in enumerate(rows) if place not in gone))
+
+
+def _return_at_once(text: str) -> str:
+    """Return values that are but named before they are returned."""
+    rows = text.split("\n")
+    functions = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef)]
+    for body in [function.body for function in functions if len(function.body) > 1]:
+        named, last = body[-2:]
+        names = ", ".join(map(ast.unparse, named.targets)) if isinstance(named, ast.Assign) else None
+        if isinstance(last, ast.Return) and last.value and ast.unparse(last.value) == names:
+            begin, value = named.lineno - 1, named.value  # type: ignore[attr-defined]
+            rows[begin] = f"{rows[begin][: named.col_offset]}return {rows[begin][value.col_offset :]}"
+            rows[last.lineno - 1] = ""
+    return "\n".join(rows)
+
+
+def keep_items(text: str, name: str, keys: Collection[str]) -> str:
+    """Return a module's text with but these items in the dictionary of a name.
+
+    Raises:
+        InputError: if there is no such dictionary.
+    """
+    gone = set[int]()
+    for node in ast.parse(text).body:
+        target = node.targets[0] if isinstance(node, ast.Assign) else getattr(node, "target", None)
+        literal = getattr(node, "value", None)
+        if isinstance(target, ast.Name) and target.id == name and isinstance(literal, ast.Dict):
+            for key, value in zip(literal.keys, literal.values, strict=True):
+                if isinstance(key, ast.Constant) and key.value not in keys:
+                    gone |= set(range(key.lineno - 1, value.end_lineno or value.lineno))
+            return "\n".join(row for place, row in enumerate(text.split("\n")) if place not in gone)
+    raise InputError(f"search/ has no dictionary {name} to shorten")
 
 
 def _drop_from(function: ast.FunctionDef) -> Iterator[ast.stmt]:

@@ -213,7 +213,6 @@ class _Writer:
         begin, end = span(node)
         begin, end = with_comments(lines, begin), span(nodes[1])[1] if noted else end
         edits = shorten_texts(nodes if noted else nodes[:1], lines)
-        edits |= {row: [] for row in module.dropped}
         if isinstance(node, ast.ClassDef):
             for part in [p for p in node.body if isinstance(p, ast.FunctionDef)]:
                 rows = span(part)

@@ -9,8 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from search.errors import InputError
-from search.shorten import drop_checks
+from search.shorten import drop_checks, keep_items
 
 ROOT = Path(__file__).resolve().parents[1]
 OWN = "search"
@@ -37,8 +36,6 @@ class Module:
     name: str
     lines: list[str]
     tree: ast.Module
-    dropped: set[int]
-    """Rows that are left out."""
     own: dict[str, Key] = field(default_factory=dict)
     """Local name -> where search/ defines it."""
     others: dict[str, str] = field(default_factory=dict)
@@ -53,13 +50,10 @@ def read_module(name: str, kept_items: Mapping[str, Collection[str]]) -> Module:
     Args:
         kept_items: by the name of a dictionary, the only keys that it keeps.
     """
-    text = (ROOT / (name.replace(".", "/") + ".py")).read_text(encoding="utf-8")
-    lines, tree = text.splitlines(), ast.parse(text)
-    dropped = drop_checks(tree, lines)
-    for node in tree.body:
-        for bound in kept_items.keys() & set(_bound_names(node)):
-            dropped |= _drop_items(node, kept_items[bound])
-    module = Module(name, lines, tree, dropped)
+    text = drop_checks((ROOT / (name.replace(".", "/") + ".py")).read_text(encoding="utf-8"))
+    for bound, keys in kept_items.items():
+        text = keep_items(text, bound, keys)
+    module = Module(name, text.splitlines(), ast.parse(text))
     for node in module.tree.body:
         _bind(module, node)
     return module
@@ -77,20 +71,6 @@ def _bind(module: Module, node: ast.stmt) -> None:
         unit = _make_unit(module, node)
         for bound in _bound_names(node):
             module.units[bound] = unit
-
-
-def _drop_items(node: ast.stmt, kept: Collection[str]) -> set[int]:
-    """Take other items out of the dictionary that is assigned; return their rows."""
-    gone, literal = set[int](), getattr(node, "value", None)
-    if not isinstance(literal, ast.Dict):
-        raise InputError(f"line {node.lineno} of search/ has no dictionary to shorten")
-    for key, value in list(zip(literal.keys, literal.values, strict=True)):
-        if isinstance(key, ast.Constant) and key.value not in kept:
-            literal.keys.remove(key)
-            literal.values.remove(value)
-            last = value.end_lineno or value.lineno
-            gone |= set(range(key.lineno - 1, last))
-    return gone
 
 
 def _take_import(module: Module, node: ast.ImportFrom | ast.Import) -> None:
