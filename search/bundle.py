@@ -10,14 +10,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from search.config import SearchConfig
 from search.errors import InputError
 from search.import_block import join_imports
 from search.objective import OBJECTIVES, SMOOTH_PARTS
+from search.optimizer import BatchOptimizer
 from search.priors import load_prior
 from search.provenance import checkout_commit, library_versions
 from search.settings import SpaceSettings
 from search.shorten import BUNDLE_WIDTH, shorten_row
+from search.skeleton import parse_skeleton
 from search.sources import Cuts, cut_sources
 from search.syntax import Key
 
@@ -87,13 +91,7 @@ def write_bundle(config: SearchConfig, prior: Path | None = None, queries_ahead:
     Raises:
         InputError: for a configuration that cannot be bundled.
     """
-    search = config.search
-    if search.stages or search.gradient.inject_every:
-        raise InputError("search.stages, search.gradient.inject_every: not bundled; leave both out")
-    if config.objective.name not in OBJECTIVES:
-        raise InputError(f"objective.name: {config.objective.name!r} is your own code, which is not bundled")
-    if queries_ahead < 0:
-        raise InputError(f"--queries-ahead: found {queries_ahead}, expected 0 or more")
+    _refuse_unbundled(config, queries_ahead)
     cuts = _choose_cuts(config, has_prior=prior is not None)
     sources = cut_sources(("search.submission", ENTRIES), cuts)
     literal = _literal_of(config, prior, queries_ahead)
@@ -111,6 +109,26 @@ def write_bundle(config: SearchConfig, prior: Path | None = None, queries_ahead:
         f"{_heading('MyMerge', 'The method.')}\n{CLASS.strip()}",
     ]
     return "\n\n\n".join(blocks).replace("\n\n\n", "\n\n", 4) + "\n"
+
+
+def _refuse_unbundled(config: SearchConfig, queries_ahead: int) -> None:
+    """Refuse (InputError) now what the bundle would not search by, or would refuse in the kit."""
+    search, objective = config.search, config.objective.name
+    if search.stages or search.gradient.inject_every:
+        raise InputError("search.stages, search.gradient.inject_every: not bundled, leave both out")
+    if objective not in OBJECTIVES:
+        raise InputError(f"objective.name: {objective!r} is your own code, which is not bundled")
+    if queries_ahead < 0:
+        raise InputError(f"--queries-ahead: found {queries_ahead}, expected 0 or more")
+    for skeleton in [text for adapter in config.adapters for text in adapter.skeletons]:
+        parse_skeleton(skeleton)
+    BatchOptimizer([0.0, 0.0], 1.0, search.n_candidates, search.max_evaluations, 0, search.optimizer)
+    logp = torch.log_softmax(torch.zeros(1, 2, requires_grad=True), -1)
+    smooth = OBJECTIVES[SMOOTH_PARTS.get(objective, objective)]
+    if search.gradient.refine_steps and not smooth(logp, logp.detach(), torch.tensor([0])).requires_grad:
+        raise InputError(
+            f"objective.name: {objective!r} has no gradient: set search.gradient.refine_steps: 0"
+        )
 
 
 def _choose_cuts(config: SearchConfig, *, has_prior: bool) -> Cuts:

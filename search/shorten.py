@@ -7,6 +7,7 @@ import ast
 import re
 import textwrap
 from collections.abc import Collection, Iterator, Sequence
+from functools import cache
 from itertools import pairwise
 
 from search.errors import InputError
@@ -22,6 +23,7 @@ _CALL = re.compile(r"[\w\])]\($")
 _SENTENCE_END = re.compile(r"(?<=[.])\s+(?=[A-Z])")
 
 
+@cache
 def drop_checks(text: str) -> str:
     """Return a module's text without checks of callers, and without what only they use."""
     tree, rows, gone = ast.parse(text), text.split("\n"), set[int]()
@@ -63,9 +65,10 @@ def keep_items(text: str, name: str, keys: Collection[str]) -> str:
         target = node.targets[0] if isinstance(node, ast.Assign) else getattr(node, "target", None)
         literal = getattr(node, "value", None)
         if isinstance(target, ast.Name) and target.id == name and isinstance(literal, ast.Dict):
-            for key, value in zip(literal.keys, literal.values, strict=True):
+            begins = [key.lineno - 1 for key in literal.keys if key] + [(literal.end_lineno or 0) - 1]
+            for place, key in enumerate(literal.keys):
                 if isinstance(key, ast.Constant) and key.value not in keys:
-                    gone |= set(range(key.lineno - 1, value.end_lineno or value.lineno))
+                    gone |= set(range(begins[place], begins[place + 1]))
             return "\n".join(row for place, row in enumerate(text.split("\n")) if place not in gone)
     raise InputError(f"search/ has no dictionary {name} to shorten")
 
@@ -205,7 +208,7 @@ def join_rows(text: str) -> str:
 def _find_bracket_end(rows: Sequence[str], begin: int) -> int | None:
     """Return the row that closes what a row opens, if between them are items, one a row, and no comment."""
     opening = rows[begin][-1:]
-    if opening not in _PAIRS or rows[begin].lstrip().startswith(("#", '"', "@")):
+    if opening not in _PAIRS or rows[begin].lstrip().startswith(("#", '"', "@", "from ")):
         return None
     indent = _indent_of(rows[begin])
     for place in range(begin + 1, len(rows)):

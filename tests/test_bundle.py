@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file
 
-from search.bundle import format_literal, write_bundle
+from search.__main__ import main
+from search.bundle import QUERIES_AHEAD, format_literal, write_bundle
 from search.config import load_config
 from search.errors import InputError
 from search.run import run_search
@@ -187,19 +188,74 @@ def test_the_file_is_plain_and_the_same_each_time(zoo, text):
     assert "base64" not in text
 
 
-def test_it_is_formatted_and_clean(text, tmp_path):
-    path = tmp_path / "MyMerge.py"
-    path.write_text(text)
+def check_style(folder):
     for command in (["check"], ["format", "--check"]):
-        order = ["ruff", *command, "--config", str(ROOT / "pyproject.toml"), str(path)]
+        order = ["ruff", *command, "--config", str(ROOT / "pyproject.toml"), str(folder)]
         done = subprocess.run(order, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout
 
 
-def test_a_users_objective_is_not_bundled(zoo):
-    config = load_config(zoo, [*QUICK, "objective.name=mine:loss"])
-    with pytest.raises(InputError, match="not bundled"):
+def test_it_is_formatted_and_clean(text, tmp_path):
+    (tmp_path / "MyMerge.py").write_text(text)
+    check_style(tmp_path)
+
+
+def test_the_default_bundle_is_short(tmp_path, monkeypatch, capsys):
+    """Under 3,000 lines; who adds to it, takes from it."""
+    monkeypatch.chdir(ROOT)
+    assert main(["bundle", "-o", str(tmp_path / "MyMerge.py")]) == 0
+    text = (tmp_path / "MyMerge.py").read_text()
+    assert json.loads(capsys.readouterr().out)["lines"] == len(text.splitlines()) < 3000
+    assert text == write_bundle(load_config(ROOT / "configs/mistral-7b.yaml"))
+    assert f'    "queries_ahead": {QUERIES_AHEAD},\n' in text
+    check_style(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ("search.space={groups: part, genome: profile, shared_profile: true}", "search.optimizer=DE"),
+        ("search.space={genome: adapter, sign: non_negative, scale: log, top_k: 2}",),
+        ("objective={name: excess_and_top1, combine: worst}", "search.gradient.refine_steps=0"),
+    ],
+)
+def test_what_a_configuration_asks_for_is_bundled_too(settings, tmp_path):
+    demo, prior = ROOT / "configs/demo.yaml", ROOT / "configs/priors/demo.json"
+    (tmp_path / "MyMerge.py").write_text(write_bundle(load_config(demo, settings), prior))
+    check_style(tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("space", ["{groups: part, genome: profile}", "{groups: layer, sign: non_negative}"])
+def test_with_another_space_it_finds_the_same(zoo, tmp_path, space):
+    config = load_config(zoo, [*QUICK[:-1], f"search.space={space}", "search.gradient.refine_steps=0"])
+    kit = make_kit(tmp_path / "kit", zoo, write_bundle(config, queries_ahead=2))
+    done = run_in(kit, "-c", report())
+    assert done.returncode == 0, done.stderr
+    result = run_search(config, output=tmp_path / "out")
+    np.testing.assert_array_equal(json.loads((kit / "found.json").read_text()), result.coefficients)
+
+
+REFUSED = {
+    "objective.name=mine:loss": "not bundled",
+    "search.stages=[{groups: model, share: 1}, {groups: layer, share: 1}]": "not bundled",
+    "search.gradient.inject_every=3": "not bundled",
+    "search.n_candidates=3": "at least 4 candidates",
+    "objective.name=top1_disagreement": "has no gradient",
+}
+
+
+@pytest.mark.parametrize("setting", REFUSED)
+def test_what_is_not_bundled_is_refused_now(setting):
+    config = load_config(ROOT / "configs/demo.yaml", [setting])
+    with pytest.raises(InputError, match=REFUSED[setting]):
         write_bundle(config)
+
+
+def test_how_many_answers_follow_is_chosen_when_it_is_bundled(zoo, text):
+    assert '    "queries_ahead": 2,\n' in text
+    with pytest.raises(InputError, match="--queries-ahead"):
+        write_bundle(load_config(zoo, QUICK), queries_ahead=-1)
 
 
 def test_literals_are_what_they_say():
