@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +31,7 @@ QUICK = (
 )
 """All adapters are near the balanced merge: no single expert wins, something that was found does."""
 PINNED = ("transformers==4.47.1", "peft==0.10.0", "numpy==1.26.4", "safetensors==0.4.5", "accelerate==1.0.1")
+PINNED_TORCH = "torch==2.2.2"
 PINNED_TOO = ("tokenizers==0.21.0", "huggingface_hub==0.27.1")
 """What transformers 4.47.1 wants; all else, torch among it, is this environment's."""
 OLD_KEYS = (
@@ -123,23 +125,44 @@ def test_a_library_that_is_missing_is_named_in_one_line(zoo, text, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def pinned(tmp_path_factory):
-    """Python with the competition's own libraries, as far as they can be had here."""
-    folder = tmp_path_factory.mktemp("pinned")
-    subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
-    python = folder / "bin/python"
-    order = [python, "-m", "pip", "install", "-q", "--no-deps", *PINNED, *PINNED_TOO]
-    fetched = [subprocess.run(order), subprocess.run([python, "-m", "pip", "install", "-q", "requests"])]
-    if any(done.returncode for done in fetched):
+def folder():
+    """A folder that is gone afterwards: libraries take gigabytes."""
+    with tempfile.TemporaryDirectory() as made:
+        yield Path(made)
+
+
+def install(python, *arguments):
+    order = [python, "-m", "pip", "install", "-q", "--no-cache-dir", *arguments]
+    if subprocess.run(order).returncode:
         pytest.skip("the pinned libraries cannot be fetched here")
+
+
+@pytest.fixture(scope="module")
+def pinned(folder):
+    """Python with the competition's own libraries, but with this environment's torch, nevergrad and cma."""
+    subprocess.run([sys.executable, "-m", "venv", str(folder / "mixed")], check=True)
+    python = folder / "mixed/bin/python"
+    install(python, "--no-deps", *PINNED, *PINNED_TOO)
+    install(python, "requests")
     rest = Path(np.__file__).parents[1]
-    next(folder.glob("lib/python*/site-packages")).joinpath("rest.pth").write_text(str(rest))
+    next((folder / "mixed").glob("lib/python*/site-packages")).joinpath("rest.pth").write_text(str(rest))
     return python
 
 
-@pytest.mark.slow
-@pytest.mark.network
-def test_it_finds_the_same_with_the_competitions_libraries(zoo, pinned, text, tmp_path):
+@pytest.fixture(scope="module")
+def competition(folder):
+    """The competition's own environment, Python and torch included; 5 GB."""
+    found = shutil.which("python3.10")
+    if found is None or subprocess.run([found, "-m", "venv", str(folder / "whole")]).returncode:
+        pytest.skip("there is no Python 3.10 here")
+    python = folder / "whole/bin/python"
+    install(python, *PINNED, PINNED_TORCH)
+    return python
+
+
+@pytest.fixture
+def old_zoo(zoo, tmp_path):
+    """The toy zoo as the competition's libraries read it."""
     old = tmp_path / "zoo" / "zoo.yaml"
     shutil.copytree(zoo.parent, old.parent)
     for path in old.parent.rglob("adapter_config.json"):
@@ -147,16 +170,38 @@ def test_it_finds_the_same_with_the_competitions_libraries(zoo, pinned, text, tm
         content["base_model_name_or_path"] = str(old.parent / "base")
         path.write_text(json.dumps({key: content[key] for key in OLD_KEYS if key in content}))
     path = old.parent / "base/tokenizer_config.json"
-    path.write_text(
-        json.dumps({**json.loads(path.read_text()), "tokenizer_class": "PreTrainedTokenizerFast"})
-    )
+    content = {**json.loads(path.read_text()), "tokenizer_class": "PreTrainedTokenizerFast"}
+    path.write_text(json.dumps(content))
+    return old
+
+
+def find_with(pythons, old_zoo, text, folder, missing=()):
     found = []
-    for name, python in (("new", sys.executable), ("old", pinned)):
-        kit = make_kit(tmp_path / name, old, text)
-        done = run_in(kit, "-c", report(), python=python)
+    for place, python in enumerate(pythons):
+        kit = make_kit(folder / f"kit{place}", old_zoo, text)
+        done = run_in(kit, "-c", report(missing), python=python)
         assert done.returncode == 0, done.stderr
         found.append(json.loads((kit / "found.json").read_text()))
-    np.testing.assert_allclose(found[1], found[0], atol=1e-3)
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.network
+def test_it_finds_the_same_with_the_competitions_libraries(old_zoo, pinned, text, tmp_path):
+    new, old = find_with([sys.executable, pinned], old_zoo, text, tmp_path)
+    np.testing.assert_allclose(old, new, atol=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.network
+def test_it_finds_the_same_and_answers_in_the_competitions_environment(old_zoo, competition, text, tmp_path):
+    """Which has neither nevergrad nor pycma: the built-in optimiser searches."""
+    new, old = find_with([sys.executable, competition], old_zoo, text, tmp_path, ["nevergrad", "cma"])
+    np.testing.assert_allclose(old, new, atol=1e-3)
+    done = run_in(make_kit(tmp_path / "kit", old_zoo, text), "llm_merging/main.py", python=competition)
+    assert done.returncode == 0, done.stderr
+    assert "the search is by built-in" in done.stderr
+    assert len((tmp_path / "kit/output/test.csv").read_text().splitlines()) == 3
 
 
 @pytest.mark.slow
