@@ -179,7 +179,9 @@ class _KitSearch:
         raced = race(evaluator, self._space.to_coefficients(genomes), rungs, order)
         self._scored = self._box.elapsed_s() - started_s, raced.n_tokens
         shown: dict[str, Any] = {"genomes": genomes, "losses": raced.losses, "per_expert": raced.per_expert}
-        shown |= {"rungs": raced.rungs, "n_tokens": raced.n_tokens, "elapsed_s": self._box.elapsed_s()}
+        shown["rungs"] = [{"candidates": who, "losses": losses} for who, losses in raced.rungs]
+        shown |= {"evaluations": (index + 1) * len(genomes), "n_tokens": raced.n_tokens}
+        shown |= {"elapsed_s": self._box.elapsed_s(), "seconds": self._scored[0]}
         self._run.trace.write("generation", index=index, **shown)
         full = raced.rungs[-1][0]
         self._archive.add(genomes[full], raced.losses[full], raced.per_expert[full])

@@ -97,11 +97,17 @@ def test_it_finds_the_coefficients_of_the_unbundled_run_without_search(zoo, text
     result = run_search(load_config(zoo, QUICK), output=tmp_path / "out")
     assert np.count_nonzero(result.coefficients) > len(result.coefficients)  # no single expert
     np.testing.assert_array_equal(json.loads((kit / "found.json").read_text()), result.coefficients)
-    lines = [json.loads(line) for line in (kit / "output/my_merge/trace.jsonl").read_text().splitlines()]
-    assert lines[0]["optimizer_library"] == "nevergrad"
-    genomes = [line["genomes"] for line in lines if line["kind"] == "generation"]
-    trace = Trace.load(tmp_path / "out/trace.jsonl")
-    np.testing.assert_array_equal(genomes, [generation.genomes for generation in trace.generations])
+    ours, theirs = Trace.load(kit / "output/my_merge/trace.jsonl"), Trace.load(tmp_path / "out/trace.jsonl")
+    assert ours.header["optimizer_library"] == "nevergrad"
+    assert len(ours.generations) == len(theirs.generations) > 1
+    for one, other in zip(ours.generations, theirs.generations, strict=True):
+        for name in ("genomes", "losses", "per_expert", "evaluations", "n_tokens"):
+            np.testing.assert_array_equal(getattr(one, name), getattr(other, name), err_msg=name)
+    for event, name in (("references", "losses"), ("search", "start"), ("refined", "losses")):
+        np.testing.assert_array_equal(ours.last(event)[name], theirs.last(event)[name], err_msg=event)
+    for name in ("names", "losses", "verdicts", "prompts"):
+        assert ours.last("finalists")[name] == theirs.last("finalists")[name]
+    assert {"refined", "mean", "archive 1"} <= set(ours.last("finalists")["names"])
 
 
 @pytest.mark.slow
@@ -152,8 +158,8 @@ def pinned(folder):
 @pytest.fixture(scope="module")
 def competition(folder):
     """The competition's own environment, Python and torch included; 5 GB."""
-    found = shutil.which("python3.10")
-    if found is None or subprocess.run([found, "-m", "venv", str(folder / "whole")]).returncode:
+    found, named = shutil.which("python3.10"), {**os.environ, "PYENV_VERSION": "3.10"}
+    if found is None or subprocess.run([found, "-m", "venv", str(folder / "whole")], env=named).returncode:
         pytest.skip("there is no Python 3.10 here")
     python = folder / "whole/bin/python"
     install(python, *PINNED, PINNED_TORCH)

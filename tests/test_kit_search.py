@@ -1,16 +1,24 @@
 """A search in the kit races as a whole run does, and merges without one where there is no time."""
 
+import itertools
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+from search.adapters import load_adapter
+from search.base import load_base
+from search.config import load_config
 from search.finalists import BALANCED, PRIOR
+from search.groups import group_modules
 from search.kit_search import race, search_in_kit, seconds_of
 from search.kit_signals import KitRun
 from search.racing import BlockScores, Race, order_blocks, plan_race
+from search.stack import stack_adapters
+from search.stand_ins import make_plain_space, read_settings
 from search.timebox import TimeBox
+from tests.test_merges import save_toy_zoo
 
 
 class Scorer:
@@ -88,3 +96,65 @@ def test_seconds_are_those_of_the_step():
     done = []
     assert 0 <= seconds_of(lambda: done.append(1)) < 1
     assert done == [1]
+
+
+QUICK = ("prompts.per_adapter=2", "prompts.unseen_per_adapter=2", "prompts.max_new_tokens=8", "device=cpu")
+QUICK_SEARCH = ("search.max_evaluations=24", "search.n_candidates=8", "search.gradient.refine_steps=2")
+
+
+@pytest.fixture(scope="module")
+def zoo(tmp_path_factory):
+    """Base, adapters and configuration of the toy zoo."""
+    config = load_config(save_toy_zoo(tmp_path_factory.mktemp("zoo")), [*QUICK, *QUICK_SEARCH])
+    base = load_base(config.base.source, device="cpu")
+    return base, [load_adapter(adapter.source) for adapter in config.adapters], config
+
+
+def make_run(zoo, box):
+    base, adapters, config = zoo
+    stacked = stack_adapters(adapters, device="cpu", dtype=base.model.dtype)
+    groups = group_modules(stacked.modules, "model")
+    events = []
+    trace = SimpleNamespace(
+        event=lambda name, **content: events.append((name, content)),
+        write=lambda kind, **content: events.append((kind, content)),
+    )
+    balanced = np.full(len(adapters), 0.4)
+    run = KitRun(
+        model=base.model,
+        tokenizer=base.tokenizer,
+        stacked=stacked,
+        groups=groups,
+        skeletons=[adapter.skeletons for adapter in config.adapters],
+        settings=read_settings(config.model_dump(mode="json")),
+        box=box,
+        trace=trace,
+        start=balanced[None].copy(),
+        spread=balanced[None] / 2,
+        balanced=balanced,
+        has_prior=False,
+        make_space=lambda low, high: make_plain_space(None, groups, low, high),
+        measure_later=lambda: 1.0,
+        mix=lambda table: None,
+    )
+    return run, events
+
+
+@pytest.mark.parametrize("limit_s", [20, 40, 60, 100, 160, 300, 1e6])
+def test_however_little_time_there_is_somebody_wins(zoo, limit_s):
+    """By a clock that goes on a second whenever somebody looks at it."""
+    run, events = make_run(zoo, TimeBox(limit_s, clock=itertools.count().__next__))
+    winner = search_in_kit(run)
+    assert winner.coefficients.shape == (1, len(run.balanced))
+    assert np.isfinite(winner.coefficients).all()
+    last, said = events[-1]
+    if last == "search_skipped":
+        assert winner.name == BALANCED
+        return
+    assert last == "finalists"
+    assert said["prompts"] in ("unseen", "searched")
+    ended_by = next(content["ended_by"] for name, content in events if name == "search_ended")
+    n_generations = sum(name == "generation" for name, _ in events)
+    assert (ended_by == "evaluations") == (n_generations == 3)
+    if limit_s > 1e5:
+        assert (ended_by, said["prompts"]) == ("evaluations", "unseen")

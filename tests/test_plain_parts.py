@@ -99,9 +99,9 @@ class Card:
     """A CUDA device of 10,000 bytes free, on which a token takes 100."""
 
     def __init__(self, monkeypatch, fails=False):
-        monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 500)
-        monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 1_500)
-        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10_000, 40_000))
+        monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 500)
+        monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 1_500)
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (10_000, 40_000))
         monkeypatch.setattr(plain_parts, "measure_peak", self._fail if fails else self._measure)
 
     def _measure(self, device, step):
