@@ -17,6 +17,8 @@ CALLERS_MISTAKES = {"ValueError", "RuntimeError"}
 """What search/ raises for a caller's mistake, which a bundle's one caller does not make; a user's differs."""
 Edits = dict[int, list[str]]
 """Row -> the rows in its place."""
+SHORTEST_NOTE = 24
+"""Characters; a note that would be cut to fewer stays whole, above what it is on."""
 _PAIRS = {"(": ")", "[": "]", "{": "}"}
 _CALL = re.compile(r"[\w\])]\($")
 """Opens a call's or a definition's arguments, not a tuple."""
@@ -177,7 +179,8 @@ def _shorten_notes(body: Sequence[ast.stmt], lines: Sequence[str]) -> Edits:
         indent = row[: len(row) - len(row.lstrip())]
         edits |= _nothing(behind, end)
         short = shorten_row(text, BUNDLE_WIDTH - len(row) - 4)
-        if behind == first + 1 and "#" not in row and not short.endswith("..."):
+        is_said = short == text or (len(short) >= SHORTEST_NOTE and not short.endswith("..."))
+        if behind == first + 1 and "#" not in row and is_said:
             edits[first] = [f"{row}  # {short.removesuffix('.')}"]
         else:
             comment = textwrap.wrap(text, BUNDLE_WIDTH - len(indent) - 2)

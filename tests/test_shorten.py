@@ -145,7 +145,7 @@ def test_docstrings_and_notes_are_a_line():
             """One. Or two."""
 
         size: int
-        """(n,) how large: as large as it gets, %s."""
+        """(n,) how large it is to become: as large as it gets, %s."""
 
 
     LIMIT = 3
@@ -162,7 +162,7 @@ def test_docstrings_and_notes_are_a_line():
         def __init__(self):
             self.x = 1  # One
 
-        size: int  # (n,) how large
+        size: int  # (n,) how large it is to become
 
 
     LIMIT = 3  # Most
