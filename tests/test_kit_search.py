@@ -147,6 +147,7 @@ def test_however_little_time_there_is_somebody_wins(zoo, limit_s):
     winner = search_in_kit(run)
     assert winner.coefficients.shape == (1, len(run.balanced))
     assert np.isfinite(winner.coefficients).all()
+    assert run.box.reserves["later"] >= 1.0  # what the kit answers afterwards keeps its time
     last, said = events[-1]
     if last == "search_skipped":
         assert winner.name == BALANCED
