@@ -190,16 +190,17 @@ def _literal_of(config: SearchConfig, prior: Path | None, queries_ahead: int) ->
         "prompts": dumped["prompts"],
         "objective": dumped["objective"],
         "queries_ahead": queries_ahead,
-        "bundled_prior": None if prior is None else _prior_literal(prior),
+        "bundled_prior": None if prior is None else _prior_literal(prior, config.search.space.sign),
     }
 
 
-def _prior_literal(path: Path) -> dict[str, Any]:
+def _prior_literal(path: Path, sign: str) -> dict[str, Any]:
     prior = load_prior(path)
+    start = prior.start.clip(min=0.0) if sign == "non_negative" else prior.start
     return {
         "names": list(prior.names),
         "groups": list(prior.groups),
-        "start": prior.start.tolist(),
+        "start": start.tolist(),
         "spread": prior.spread.tolist(),
         "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
     }

@@ -176,7 +176,7 @@ def choose_start(
             known = prior["names"].index(name)
             start[:, column] = np.array(prior["start"])[:, known]
             spread[:, column] = np.array(prior["spread"])[:, known]
-    return start.clip(min=0.0) if settings.space.sign == "non_negative" else start, spread
+    return start, spread
 
 
 def make_kit_space(settings: Any, groups: Groups, low: FloatArray, high: FloatArray) -> Space:

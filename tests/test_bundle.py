@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from search.__main__ import main
 from search.bundle import QUERIES_AHEAD, format_literal, write_bundle
 from search.config import load_config
 from search.errors import InputError
+from search.priors import load_prior, save_prior
 from search.run import run_search
 from search.trace import Trace
 from tests.test_merges import save_toy_zoo
@@ -285,6 +287,32 @@ def test_with_another_space_it_finds_the_same(zoo, tmp_path, space):
     assert done.returncode == 0, done.stderr
     result = run_search(config, output=tmp_path / "out")
     np.testing.assert_array_equal(json.loads((kit / "found.json").read_text()), result.coefficients)
+
+
+@pytest.mark.slow
+def test_with_a_prior_it_finds_the_same(zoo, tmp_path):
+    settings = [
+        *QUICK,
+        "objective.weak_signal_nats=0",
+        "search.space=model",
+        "search.allow_changed_adapters=true",
+    ]
+    known = load_prior(ROOT / "configs/priors/demo.json")
+    shown = {"names": ("expert-1", "other"), "hashes": ("0", "1"), "runs_of": (1, 1), "groups": ("model",)}
+    start, spread = np.array([[0.3, 0.9]]), np.array([[0.05, 0.1]])
+    runs = tuple(replace(run, adapters=shown["names"]) for run in known.runs)
+    save_prior(replace(known, **shown, start=start, spread=spread, runs=runs), tmp_path / "prior.json")
+    kit = make_kit(
+        tmp_path / "kit", zoo, write_bundle(load_config(zoo, settings), tmp_path / "prior.json", 2)
+    )
+    done = run_in(kit, "-c", report())
+    assert done.returncode == 0, done.stderr
+    run_search(load_config(zoo, [*settings, f"search.prior={tmp_path}/prior.json"]), output=tmp_path / "out")
+    ours, theirs = Trace.load(kit / "output/my_merge/trace.jsonl"), Trace.load(tmp_path / "out/trace.jsonl")
+    assert ours.last("search")["start"][0][1] == 0.3
+    for one, other in zip(ours.generations, theirs.generations, strict=True):
+        np.testing.assert_array_equal(one.genomes, other.genomes)
+    assert ours.last("finalists")["losses"] == theirs.last("finalists")["losses"]
 
 
 REFUSED = {

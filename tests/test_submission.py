@@ -27,10 +27,8 @@ PRIOR = {"names": ["b", "x"], "groups": ["g"], "start": [[0.7, 9.0]], "spread": 
 GROUPS, BALANCED = SimpleNamespace(names=("g",)), np.array([0.5, 0.25])
 
 
-def settings(sign="signed", **changes):
-    return SimpleNamespace(
-        **{"start": "balanced", "sigma": None, "space": SimpleNamespace(sign=sign)} | changes
-    )
+def settings(**changes):
+    return SimpleNamespace(**{"start": "balanced", "sigma": None} | changes)
 
 
 def test_a_start_is_balanced_or_a_number():
@@ -47,9 +45,6 @@ def test_a_bundled_prior_is_known_by_names():
     start, spread = choose_start(settings(), BALANCED, GROUPS, "ab", PRIOR)
     np.testing.assert_array_equal(start, [[0.5, 0.7]])
     np.testing.assert_array_equal(spread, [[0.25, 0.1]])
-    negative = {**PRIOR, "start": [[-0.7, 9.0]]}
-    start, _ = choose_start(settings("non_negative"), BALANCED, GROUPS, "ab", negative)
-    np.testing.assert_array_equal(start, [[0.5, 0.0]])
     with pytest.raises(InputError, match="other groups"):
         choose_start(settings(), BALANCED, GROUPS, "ab", {**PRIOR, "groups": ["h"]})
 
