@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.device_options import parse_with_device
 from benchmarks.environment import RESULTS, describe_machine
 from benchmarks.speed_exactness import measure_exactness
 from benchmarks.speed_rivals import DenseMerge, PeftWays
@@ -81,9 +82,10 @@ class ForwardScene:
             gen = torch.Generator().manual_seed(n_rows)
             shape = n_rows, self.sizes.n_tokens
             self._ids[n_rows] = torch.randint(3, self.sizes.n_vocab, shape, generator=gen).to(self.device)
+        # by place, as a search asks for them: a number makes a view of it, which is multiplied row by row
+        wanted = torch.arange(self.sizes.n_tokens // 2, self.sizes.n_tokens, device=self.device)
         with nullcontext() if eager else self.active():
-            inputs = {"use_cache": False, "logits_to_keep": self.sizes.n_tokens // 2}
-            logits: Tensor = self.model(self._ids[n_rows], **inputs).logits
+            logits: Tensor = self.model(self._ids[n_rows], use_cache=False, logits_to_keep=wanted).logits
         return logits
 
     def mixed(self, table: Tensor, stacked: StackedFactors, groups: Groups, *, eager: bool = False) -> Tensor:
@@ -215,16 +217,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 def parse(name: str, about: str | None, argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the options that both benchmarks of speed have."""
     parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", description=about)
-    parser.add_argument("--tiny", action="store_true", help="a toy model: to see that all runs")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=None)
-    parser.add_argument("--repeats", type=int, default=None)
     parser.add_argument("--no-record", action="store_true", help="print only")
-    arguments = parser.parse_args(argv)
-    if arguments.compile is None:
-        arguments.compile = arguments.device.startswith("cuda")
-    arguments.repeats = arguments.repeats or (2 if arguments.tiny else 9)
-    return arguments
+    return parse_with_device(parser, argv, repeats=9)
 
 
 def record(name: str, arguments: argparse.Namespace, found: dict[str, Any]) -> None:

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from benchmarks.command import exit_code
+from benchmarks.device_options import parse_with_device
 from benchmarks.environment import ROOT, code_hash, describe_machine
 from benchmarks.rows import Row, append_row, measured, read_rows
 from benchmarks.scaling_measure import Models, measure_point
@@ -97,18 +98,10 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.bench_scaling", description=__doc__)
     parser.add_argument("--sweeps", nargs="+", choices=SWEEPS, default=list(SWEEPS))
-    parser.add_argument("--tiny", action="store_true", help="a toy model: to see that all runs")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=None)
-    parser.add_argument("--repeats", type=int, help="of each way (default 7, tiny 2)")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no point after these")
     parser.add_argument("--out", type=Path, default=OUT, help="JSON lines (default %(default)s)")
     parser.add_argument("--report", action="store_true", help="measure nothing")
-    arguments = parser.parse_args(argv)
-    if arguments.compile is None:
-        arguments.compile = arguments.device.startswith("cuda")
-    arguments.repeats = arguments.repeats or (2 if arguments.tiny else 7)
-    return arguments
+    return parse_with_device(parser, argv, repeats=7)
 
 
 def run(arguments: argparse.Namespace) -> int:

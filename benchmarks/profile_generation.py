@@ -21,6 +21,7 @@ import torch
 
 from benchmarks.bench_search_step import StepScene
 from benchmarks.command import exit_code
+from benchmarks.device_options import parse_with_device
 from benchmarks.environment import ROOT, describe_machine
 from benchmarks.markdown import NOTHING, table_head, table_line
 from benchmarks.profile_kernels import profile_kernels
@@ -156,17 +157,10 @@ def write_report(out: Path) -> None:
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.profile_generation", description=__doc__)
-    parser.add_argument("--tiny", action="store_true", help="a toy model: to see that all runs")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=None)
     parser.add_argument("--candidates", type=int, default=N_CANDIDATES, help="default %(default)s")
-    parser.add_argument("--repeats", type=int, default=3, help="of each way (default %(default)s)")
     parser.add_argument("--out", type=Path, default=OUT, help="JSON lines (default %(default)s)")
     parser.add_argument("--report", action="store_true", help="measure nothing")
-    arguments = parser.parse_args(argv)
-    if arguments.compile is None:
-        arguments.compile = arguments.device.startswith("cuda")
-    return arguments
+    return parse_with_device(parser, argv, repeats=3)
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -5,6 +5,7 @@ Knows models and stacks; not time.
 
 import copy
 from contextlib import nullcontext
+from statistics import median
 from typing import Any
 
 import torch
@@ -16,41 +17,53 @@ from search.groups import Groups
 from search.population import population
 from search.stack import StackedFactors
 
-_N_ROWS = 4
+_N_ROWS, _N_DRAWS = 4, 5
 
 
 @torch.no_grad()
 def measure_exactness(model: Any, stacked: StackedFactors, groups: Groups, sizes: Sizes) -> dict[str, Any]:
-    """Return root mean square errors of the logits, relative to those of float32.
+    """Return root mean square errors of the logits, relative to those of float32; medians of five draws.
 
-    The reference has the same weights and factors, widened: `error` over `base_error` says what the mixture
-    adds to the rounding that the model's type costs anyway, `float32_error` how far float32 is from a merge
-    whose weights were added up densely, `float32_floor` how far the float32 base is from itself with one row
-    at a time, by the order of its sums alone. Needs memory for a float32 copy of the model.
+    A draw is of tokens and of a mixture. The reference has the same weights and factors, widened: `error`
+    over `base_error` says what the mixture adds to the rounding that the model's type costs anyway,
+    `float32_error` how far float32 is from a merge whose weights were added up densely, `float32_floor` how
+    far the float32 base is from itself with one row at a time, by the order of its sums alone. Needs memory
+    for a float32 copy of the model.
     """
-    gen = torch.Generator().manual_seed(9)
-    ids = torch.randint(3, sizes.n_vocab, (_N_ROWS, sizes.n_tokens), generator=gen).to(model.device)
-    table = draw_coefficients(sizes, 1, len(groups.names)).expand(_N_ROWS, -1, -1)
-
-    def logits(of: Any, mixed: StackedFactors | None = None) -> Tensor:
-        with population(of, mixed, table, groups) if mixed else nullcontext():
-            found: Tensor = of(ids, use_cache=False).logits.float()
-        return found
-
-    ours, base = logits(model, stacked), logits(model)
     wide_model, wide = copy.deepcopy(model).float(), in_float32(stacked)
-    exact, exact_base = logits(wide_model, wide), logits(wide_model)
-    with DenseMerge(wide_model, wide, groups).merged(table[0].to(model.device)):
-        merged = logits(wide_model)
-    alone = torch.cat([wide_model(row[None], use_cache=False).logits for row in ids])
-    error, base_error = _relative(ours, exact), _relative(base, exact_base)
+    dense = DenseMerge(wide_model, wide, groups)
+    draws = []
+    for seed in range(_N_DRAWS):
+        gen = torch.Generator().manual_seed(seed)
+        ids = torch.randint(3, sizes.n_vocab, (_N_ROWS, sizes.n_tokens), generator=gen).to(model.device)
+        table = draw_coefficients(sizes, 1, len(groups.names), seed).expand(_N_ROWS, -1, -1)
+
+        def logits(
+            of: Any, mixed: StackedFactors | None = None, ids: Tensor = ids, table: Tensor = table
+        ) -> Tensor:
+            with population(of, mixed, table, groups) if mixed else nullcontext():
+                found: Tensor = of(ids, use_cache=False).logits.float()
+            return found
+
+        exact, exact_base = logits(wide_model, wide), logits(wide_model)
+        with dense.merged(table[0].to(model.device)):
+            merged = logits(wide_model)
+        alone = torch.cat([logits(wide_model, ids=row[None]) for row in ids])
+        error, base_error = _relative(logits(model, stacked), exact), _relative(logits(model), exact_base)
+        draws.append(
+            {
+                "error": error,
+                "base_error": base_error,
+                "error_over_base": error / base_error if base_error else 1.0,
+                "float32_error": _relative(exact, merged),
+                "float32_floor": _relative(alone, exact_base),
+            }
+        )
+    ratios = [draw["error_over_base"] for draw in draws]
     return {
         "dtype": str(sizes.dtype).removeprefix("torch."),
-        "error": error,
-        "base_error": base_error,
-        "error_over_base": error / base_error if base_error else None,
-        "float32_error": _relative(exact, merged),
-        "float32_floor": _relative(alone, exact_base),
+        **{name: median(draw[name] for draw in draws) for name in draws[0]},
+        "error_over_base_spread": [min(ratios), max(ratios)],
     }
 
 

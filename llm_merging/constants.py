@@ -4,8 +4,11 @@ Knows hub ids only; what is known about each adapter is in configs/mistral-7b.ya
 """
 
 BASE_MODEL_NAME = "mistralai/Mistral-7B-v0.1"
-BASE_MODEL_REVISION_ID: str | None = None
-"""Not named by the competition; the commit that resolves is recorded in the run's trace."""
+BASE_MODEL_REVISION_ID: str | None = "7231864981174d9bee8c7687c24c8344414eae6b"
+"""Not named by the competition: the commit that public code pins, unverified, since the hub was not read.
+
+`python -m search pin configs/mistral-7b.yaml` asks the hub for it and for those below; `main` is the newest.
+"""
 
 LIST_MODELS: list[tuple[str, str]] = [
     ("predibase/magicoder", "58d0eedad92a223cd45e94534450066952c6de25"),
@@ -36,4 +39,4 @@ LIST_MODELS: list[tuple[str, str]] = [
     ("predibase/drop_explained", "665e89ee334284911191bc2e9eb05000c17f209c"),
     ("predibase/viggo", "3a45ff0a2bbd1fa0812400ea608bbbf6c08082e2"),
 ]
-"""(hub id, commit) of the 27 adapters."""
+"""(hub id, commit) of the 27 adapters, as the competition names them; the hub was not read (unverified)."""

@@ -1,4 +1,4 @@
-"""The command: `python -m search run | resume | priors | merge | report | doctor | bundle`.
+"""The command: `python -m search run | resume | priors | merge | report | doctor | pin | bundle`.
 
 Knows arguments, exit codes (0 done, 1 failed, 2 bad input, 130 interrupted) and what is printed: one line of
 JSON on stdout at the end, everything else on stderr.
@@ -26,6 +26,7 @@ from search.doctor import examine
 from search.errors import InputError
 from search.export import export_merge
 from search.files import atomic_write
+from search.pin import pin_config
 from search.prior_learning import learn_prior
 from search.priors import save_prior
 from search.recorded import TRACE_FILE
@@ -121,6 +122,14 @@ def _add_searches(add: Callable[..., Any]) -> None:
             metavar="section.key=value",
             help="settings that replace the file's",
         )
+    pin = add(
+        "pin",
+        pin_command,
+        "ask the hub which commits a configuration's hub ids are at, and whether it has those that are given",
+        "pin configs/mistral-7b.yaml --write",
+    )
+    pin.add_argument("config", type=Path, metavar="CONFIG", help="YAML file")
+    pin.add_argument("--write", action="store_true", help="put them into the file as each `revision:`")
     _add_bundle(add)
     resume = add(
         "resume",
@@ -188,6 +197,18 @@ def run_command(arguments: argparse.Namespace) -> Outcome:
     """Run one search, or go on with it."""
     config = load_config(arguments.config, arguments.overrides)
     return _search(config, arguments.out or Path("output/search") / arguments.config.stem)
+
+
+def pin_command(arguments: argparse.Namespace) -> Outcome:
+    """Print commits, and write them."""
+    pins = pin_config(arguments.config, write=arguments.write)
+    for pin in pins:
+        print(f"{pin.what} ({pin.source}): {pin.revision or 'main'} is {pin.commit}", file=sys.stderr)
+    loose = sum(pin.revision != pin.commit for pin in pins)
+    return {
+        "commits": {pin.source: pin.commit for pin in pins},
+        "written": loose if arguments.write else 0,
+    }, 0
 
 
 def bundle_command(arguments: argparse.Namespace) -> Outcome:

@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from search.dummy import SCALING, is_dummy, make_factors
 from search.errors import InputError
-from search.hub import fetch, hash_file
+from search.hub import Fetched, fetch, hash_file
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -95,19 +95,30 @@ def load_adapter(
         InputError: the adapter is missing, damaged, or something else than plain LoRA on linear layers.
     """
     name = name or Path(source).name
-    where = f"adapter {name!r} ({source})"
+    where = _name_place(source, name)
     if is_dummy(source):
         drawn = make_factors(source)
         modules = {key: Factors(A, B, SCALING) for key, (A, B) in drawn.factors.items()}
         return Adapter(name, modules, source, None, drawn.sha256, drawn.base)
-    files = [CONFIG_FILE, WEIGHTS_FILE, *([PICKLE_FILE] if allow_pickle else [])]
-    fetched = fetch(source, revision, files, where)
+    fetched = fetch_adapter(source, revision=revision, name=name, allow_pickle=allow_pickle)
     config = _read_config(fetched.folder / CONFIG_FILE, where)
     _check_settings(config, where)
     weights = _find_weights(fetched.folder, where, allow_pickle)
     modules = _pair_factors(_read_tensors(weights, where), config, where)
     named = str(config.get("base_model_name_or_path") or "")
     return Adapter(name, modules, source, fetched.commit or revision, hash_file(weights), named)
+
+
+def fetch_adapter(
+    source: str, *, revision: str | None = None, name: str | None = None, allow_pickle: bool = False
+) -> Fetched:
+    """Have an adapter's files at hand, unread; arguments and errors are those of `load_adapter`."""
+    files = [CONFIG_FILE, WEIGHTS_FILE, *([PICKLE_FILE] if allow_pickle else [])]
+    return fetch(source, revision, files, _name_place(source, name or Path(source).name))
+
+
+def _name_place(source: str, name: str) -> str:
+    return f"adapter {name!r} ({source})"
 
 
 def _read_config(path: Path, where: str) -> dict[str, Any]:

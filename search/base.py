@@ -3,7 +3,6 @@
 Knows folders, hub ids, dtypes and devices; not adapters, prompts or the configuration.
 """
 
-import logging
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -16,7 +15,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from search.dummy import architecture, is_dummy, make_model, make_shapes, make_tokenizer
 from search.errors import InputError
-from search.hub import TEXT_FILES, WEIGHT_FILES, Fetched, fetch, hash_file
+from search.hub import TEXT_FILES, WEIGHT_FILES, Fetched, fetch, hash_file, note_unpinned
+from search.versions import dtype_option, recorded_dtype
 
 DTYPES = ("auto", "float64", "float32", "bfloat16", "float16")
 
@@ -55,10 +55,8 @@ def load_base(
     text = _fetch(source, revision)
     tokenizer = _read_tokenizer(source, text.folder)
     fetched = _fetch(source, text.commit or revision, weights=True)  # the commit that the tokenizer is of
-    if fetched.commit and fetched.commit != revision:
-        logging.getLogger(__name__).info(
-            "base %r: commit %s; pin it with `revision:` below `base:`", source, fetched.commit
-        )
+    if not Path(source).is_dir():
+        note_unpinned([(f"base {source!r}", revision, fetched.commit)])
     _check_weights_exist(source, fetched.folder)
     model = _load_model(source, fetched.folder, chosen_device, chosen_dtype).eval().requires_grad_(False)
     return LoadedBase(model, tokenizer, source, fetched.commit, hash_weights(fetched.folder))
@@ -124,7 +122,9 @@ def load_shapes(source: str, *, revision: str | None = None) -> nn.Module:
         _check_weights_exist(source, folder)
     try:
         with torch.device("meta"):
-            model: nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=False)  # type: ignore[no-untyped-call]
+            model: nn.Module = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+                config, trust_remote_code=False, **recorded_dtype(config)
+            )
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(
             f"base {source!r}: its config.json describes no causal language model: {_first_line(error)}. "
@@ -199,7 +199,7 @@ def _load_model(source: str, folder: Path, device: torch.device, dtype: torch.dt
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
-            dtype=dtype,
+            **dtype_option(dtype),
             device_map={"": device},
             use_safetensors=True,
             output_loading_info=True,

@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from search.versions import recompile_option
+
 FEWEST_FORWARDS, FEWEST_PARAMETERS = 50, 500_000_000
 """With fewer forward passes, or for a smaller model, compiling costs more than it saves."""
 MOST_WIDTHS = 3
@@ -50,7 +52,7 @@ class Compiler:
         def run(*args: Any, **kwargs: Any) -> Any:
             if self.works:
                 try:
-                    with torch._dynamo.config.patch(recompile_limit=_RECOMPILE_LIMIT):
+                    with torch._dynamo.config.patch(**recompile_option(_RECOMPILE_LIMIT)):
                         return compiled(*args, **kwargs)
                 except torch.cuda.OutOfMemoryError:
                     raise

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, MistralConfig, PreTrainedTokenize
 
 from search.errors import InputError
 from search.locate import DUMMY
+from search.versions import dtype_option
 
 RELATIVE_NORM = 0.1
 """||Delta|| / ||W|| (Frobenius) of each module of a random adapter; trained ones have 0.05 to 0.15."""
@@ -93,7 +94,7 @@ def make_model(source: str, device: torch.device, dtype: torch.dtype) -> nn.Modu
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices), torch.device(device):
         torch.manual_seed(0)
-        model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)  # type: ignore[no-untyped-call]
+        model: Any = AutoModelForCausalLM.from_config(config, **dtype_option(dtype))  # type: ignore[no-untyped-call]
         nn.init.normal_(model.get_input_embeddings().weight, 0, EMBEDDING_DEVIATION)
     return model  # type: ignore[no-any-return]
 

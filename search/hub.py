@@ -3,33 +3,42 @@
 Knows the hub, its cache and its errors; not what the files hold. Nothing that is fetched is ever run.
 """
 
-import errno
 import logging
 import os
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
 from fnmatch import fnmatch
-from functools import cache
+from functools import cache, partial
 from hashlib import sha1
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
-from huggingface_hub import constants, snapshot_download
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    FileMetadataError,
-    GatedRepoError,
-    HfHubHTTPError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
+from huggingface_hub import HfApi, constants, snapshot_download
+from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub.utils.tqdm import (
+    are_progress_bars_disabled,
+    disable_progress_bars,
+    enable_progress_bars,
+    tqdm,
 )
 
 from search.errors import InputError
 from search.files import sha256_file
+from search.hub_errors import (
+    HTTP_ERRORS,
+    ONLINE,
+    error_line,
+    explain,
+    is_missing,
+    is_offline,
+    is_passing,
+    retry_after_s,
+    status_of,
+)
 
 _CHAT_FILES = ("chat_template.jinja", "chat_template.json")
 TEXT_FILES = (
@@ -38,18 +47,20 @@ TEXT_FILES = (
 )
 """A model's configuration and tokenizer; no code."""
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json")
-RETRIED = (429, 500, 502, 503, 504)
 WAITS_S = (1.0, 2.0, 4.0, 8.0)
 """Before the second to the fifth try."""
 LONGEST_WAIT_S = 300.0
 """What a Retry-After may ask for; the hub counts requests over five minutes."""
 
+FETCHED_AT_ONCE = 4
+"""Repositories; the files of each come in parallel too."""
+
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
 _IGNORED = ("*/*", "consolidated*")
-_HTTP_ERRORS = HfHubHTTPError.__bases__
-_ERRORS: tuple[type[Exception], ...] = (*_HTTP_ERRORS, OSError, ValueError, EntryNotFoundError, RuntimeError)
+_ERRORS: tuple[type[Exception], ...] = (*HTTP_ERRORS, OSError, ValueError, EntryNotFoundError, RuntimeError)
 """All that snapshot_download raises; RuntimeError is hf_xet's."""
 _log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 class MissingOnHubError(InputError):
@@ -89,8 +100,8 @@ def fetch(source: str, revision: str | None, patterns: Sequence[str], where: str
     where = f"{where} at revision {revision!r}" if revision else where
     folder = _download(source, revision, patterns, where)
     if damaged := _find_damaged(folder, patterns):
-        if _is_offline():
-            raise InputError(f"{where}: {damaged[0]} in the cache does not have its hash. {_ONLINE}.")
+        if is_offline():
+            raise InputError(f"{where}: {damaged[0]} in the cache does not have its hash. {ONLINE}.")
         _log.warning("%s: %s does not have the hub's hash: fetched again", where, ", ".join(damaged))
         _download(source, folder.name, damaged, where, force=True)
         if damaged := _find_damaged(folder, patterns):
@@ -109,29 +120,99 @@ def hash_file(path: Path) -> str:
     return _hash_blob(blob, status.st_size, status.st_mtime_ns)
 
 
+def note_unpinned(found: Iterable[tuple[str, str | None, str | None]]) -> None:
+    """Tell, once, what was not asked for by its commit: (what it is, revision asked for, commit) of each."""
+    loose = [f"{what} is at {commit}" for what, revision, commit in found if commit and commit != revision]
+    if loose:
+        _tell_once(f"not pinned: {', '.join(loose)}. `python -m search pin CONFIG --write` does it")
+
+
+@cache
+def _tell_once(text: str) -> None:
+    _log.info(text)
+
+
+def resolve(source: str, revision: str | None, where: str) -> str:
+    """Ask the hub for the commit that a branch or tag is at, or whether it has a commit; fetch no file.
+
+    Raises:
+        MissingOnHubError: if it has no such repository or revision.
+        InputError: if it does not say.
+    """
+    if is_offline():
+        raise InputError(f"{where}: commits are asked of the hub. Unset HF_HUB_OFFLINE.")
+    where = f"{where} at revision {revision!r}" if revision else where
+    info = _patiently(lambda: HfApi(token=_kit_token()).model_info(source, revision=revision), source, where)
+    return str(info.sha)
+
+
+def fetch_together(jobs: Sequence[Callable[[], T]]) -> list[T]:
+    """Run what asks the hub, a few at a time; return what each returns.
+
+    After an error nothing more is begun; of several errors the first job's is raised.
+    """
+    pool = ThreadPoolExecutor(FETCHED_AT_ONCE)
+    try:
+        futures = [pool.submit(job) for job in jobs]
+        done, _ = wait(futures, return_when=FIRST_EXCEPTION)
+        for future in futures:
+            if future in done:
+                future.result()
+        return [future.result() for future in futures]
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def one_bar(n_repositories: int, of: str) -> Iterator[Callable[[], object]]:
+    """Put one bar in place of the library's three for each repository; what is yielded moves it on by one.
+
+    HF_HUB_DISABLE_PROGRESS_BARS, 0 or 1, is the user's word on the library's own.
+    """
+    is_said = constants.HF_HUB_DISABLE_PROGRESS_BARS is not None or are_progress_bars_disabled()
+    if is_said or not n_repositories:
+        yield lambda: None
+        return
+    with tqdm(total=n_repositories, desc=of, disable=None) as bar:  # type: ignore[no-untyped-call]
+        disable_progress_bars()
+        try:
+            yield bar.update
+        finally:
+            enable_progress_bars()
+
+
 def _download(
     source: str, revision: str | None, patterns: Sequence[str], where: str, force: bool = False
 ) -> Path:
-    """Fetch, and try again while the hub is busy or the connection breaks."""
+    """Fetch; a connection that breaks is taken up where it broke.
+
+    Only within one process: huggingface_hub 2.4 writes each download to a file of a name of its own, which no
+    later process takes up, so what a kill leaves of one file is fetched anew. Whole files are kept.
+    """
+    fetch_files = partial(
+        snapshot_download,
+        source,
+        revision=revision,
+        allow_patterns=list(patterns),
+        ignore_patterns=list(_IGNORED),
+        force_download=force,
+        token=_kit_token(),
+    )
+    return Path(_patiently(fetch_files, source, where))
+
+
+def _patiently(ask: Callable[[], T], source: str, where: str) -> T:
+    """Ask, and ask again while the hub is busy or the connection breaks."""
     for wait_s in (*WAITS_S, None):
         try:
-            return Path(
-                snapshot_download(
-                    source,
-                    revision=revision,
-                    allow_patterns=list(patterns),
-                    ignore_patterns=list(_IGNORED),
-                    force_download=force,
-                    token=_kit_token(),
-                )
-            )
+            return ask()
         except _ERRORS as error:
-            asked_s = _retry_after_s(error)
-            if wait_s is None or asked_s > LONGEST_WAIT_S or not _is_passing(error):
-                kind = MissingOnHubError if _is_missing(error) else InputError
-                raise kind(f"{where}: {_explain(error, source)}.") from error
-            status = _status_of(error)
-            found = f"the hub answers {status}" if status else _error_line(error)
+            asked_s = retry_after_s(error)
+            if wait_s is None or asked_s > LONGEST_WAIT_S or not is_passing(error):
+                kind = MissingOnHubError if is_missing(error) else InputError
+                raise kind(f"{where}: {explain(error, source)}.") from error
+            status = status_of(error)
+            found = f"the hub answers {status}" if status else error_line(error)
             _log.warning("%s: %s; again in %.0f s", where, found, max(wait_s, asked_s))
             time.sleep(max(wait_s, asked_s))
     raise AssertionError("unreachable")
@@ -140,91 +221,6 @@ def _download(
 def _kit_token() -> str | None:
     """Return the starter kit's token; None leaves the choice to huggingface_hub."""
     return None if os.environ.get("HF_TOKEN") else os.environ.get("HF_AUTH_TOKEN") or None
-
-
-# ---- what went wrong
-
-_KEPT = "whole files are kept"
-_ONLINE = "Unset HF_HUB_OFFLINE once to fetch it, or give a folder"
-
-
-def _is_offline() -> bool:
-    return bool(constants.HF_HUB_OFFLINE)
-
-
-def _response_of(error: BaseException | None) -> Any:
-    """Return the hub's answer that an error comes from, if one does; its type is the HTTP client's own."""
-    while error is not None and getattr(error, "response", None) is None:
-        error = error.__cause__
-    return getattr(error, "response", None)
-
-
-def _status_of(error: BaseException) -> int | None:
-    return getattr(_response_of(error), "status_code", None)
-
-
-def _retry_after_s(error: BaseException) -> float:
-    """Return what the hub asks to wait; 0 where it does not."""
-    response = _response_of(error)
-    text = "" if response is None else (response.headers.get("Retry-After") or "").strip()
-    if text.isdigit():
-        return float(text)
-    try:
-        return max(0.0, (parsedate_to_datetime(text) - datetime.now(UTC)).total_seconds())
-    except (ValueError, TypeError):
-        return 0.0
-
-
-def _is_passing(error: BaseException) -> bool:
-    """Whether it may go away by itself; a hub that is out of reach at the first request does not."""
-    if (status := _status_of(error)) is not None:
-        return status in RETRIED
-    broke_off = isinstance(error, (_HTTP_ERRORS[0], ConnectionError, TimeoutError, RuntimeError))
-    too_few_bytes = "Consistency check failed" in str(error)
-    return (broke_off or too_few_bytes) and not _is_offline()
-
-
-def _is_missing(error: BaseException) -> bool:
-    gone = isinstance(error, RepositoryNotFoundError | RevisionNotFoundError)
-    return gone and not isinstance(error, GatedRepoError)
-
-
-def _explain(error: Exception, source: str) -> str:
-    """Say what was found, and the way out."""
-    status = _status_of(error)
-    if status is not None or isinstance(error, HfHubHTTPError):
-        return _explain_answer(error, status, f"{constants.ENDPOINT}/{source}")
-    if _is_offline():
-        return f"no such folder, and not or not wholly in the cache {constants.HF_HUB_CACHE}. {_ONLINE}"
-    if isinstance(error, EntryNotFoundError) and not isinstance(error.__cause__, FileMetadataError):
-        found = f"no such folder, not cached, and {constants.ENDPOINT} is out of reach"
-        return f"{found}. Connect, or give a folder"
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        return f"no space left for {constants.HF_HUB_CACHE}. Free some, or set HF_HOME to another disk"
-    return f"download failed: {_error_line(error)}. Check name and connection, and start again: {_KEPT}"
-
-
-def _explain_answer(error: Exception, status: int | None, page: str) -> str:
-    login = "`hf auth login`, or set HF_TOKEN or HF_AUTH_TOKEN"
-    if isinstance(error, GatedRepoError):
-        return f"the hub guards it ({status}): ask for access at {page}, then {login} to a token that has it"
-    if isinstance(error, RepositoryNotFoundError):
-        found = f"no such folder, and not on the hub: {page} ({status})"
-        return f"{found}. Check its name; if it is private, {login}"
-    if isinstance(error, RevisionNotFoundError):
-        return f"the hub has no such revision. Give a branch, tag or commit that {page}/commits/main lists"
-    if status in (401, 403):
-        return f"the hub refuses the token ({status}). Make one that can read {page}, then {login}"
-    if status in RETRIED:
-        asked = f", and asks to wait {wait:.0f} s" if (wait := _retry_after_s(error)) else ""
-        return f"the hub is busy ({status}){asked}. Start again later: {_KEPT}"
-    return f"the hub refuses: {_error_line(error)}. Check {page}"
-
-
-def _error_line(error: BaseException) -> str:
-    """Return its first line, without the queries of addresses: they may be signed."""
-    line = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(" .")
-    return re.sub(r"(https?://[^\s?']+)\?[^\s']*", r"\1", line)
 
 
 # ---- the cache: snapshots/COMMIT/NAME links to blobs/HASH

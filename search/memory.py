@@ -21,8 +21,9 @@ MOST_WRITTEN_TOKENS = 65_536
 weights, however few the rows."""
 ANSWER_TOKENS_ELSEWHERE = 4096
 """In a batch of answers where there is no CUDA device."""
-MOST_PREFILL_TOKENS, LEAST_PREFILL_TOKENS = 16_384, 4096
-"""Of one forward over prompts that are to be continued: the least keeps a card busy."""
+PREFILL_TOKENS = 4096
+"""Of one forward over prompts that are to be continued: enough to keep a card busy, and as few as that, since
+prompts read together are padded to the longest of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,14 +123,9 @@ def densest_rows(lengths: Sequence[int], n_scored: Sequence[int], n_tokens: int)
     return rows
 
 
-def prefill_tokens(n_tokens: int) -> int:
-    """Return the tokens of one forward over prompts, in a batch of `n_tokens`, whose cache takes more."""
-    return min(MOST_PREFILL_TOKENS, max(LEAST_PREFILL_TOKENS, n_tokens // 4))
-
-
 def writing_cost(shape: Shape, n_tokens: int) -> int:
     """Bytes of a batch being written: its cache, a layer's of every head, and the prompts' forward."""
-    prefill = min(n_tokens, prefill_tokens(n_tokens))
+    prefill = min(n_tokens, PREFILL_TOKENS)
     each = shape.cache + 4 * shape.d_attention * shape.n_bytes
     return n_tokens * each + prefill * (shape.cache + shape.forward)
 

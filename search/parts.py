@@ -5,19 +5,22 @@ Knows weights and where they are from; not prompts, losses or the search.
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from hashlib import sha256
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from search.adapters import Adapter, check_adapter, load_adapter
+from search.adapters import Adapter, check_adapter, fetch_adapter, load_adapter
 from search.base import LoadedBase
-from search.config import SearchConfig
+from search.config import AdapterConfig, SearchConfig
+from search.dummy import is_dummy
 from search.errors import InputError
 from search.groups import GroupKind, Groups, group_modules
-from search.hub import MissingOnHubError
+from search.hub import Fetched, MissingOnHubError, fetch_together, note_unpinned, one_bar
 from search.stack import StackedFactors, stack_adapters
 
 
@@ -57,21 +60,48 @@ def load_adapters(config: SearchConfig) -> tuple[list[Adapter], dict[str, str]]:
     Raises:
         InputError: for one that is not there or damaged, or where none is left.
     """
+    remote = [a for a in config.adapters if not is_dummy(a.source) and not Path(a.source).is_dir()]
     adapters: list[Adapter] = []
     missing: dict[str, str] = {}
-    for a in config.adapters:
-        try:
+    with one_bar(len(remote), "adapters") as advance:
+        fetched = _fetch_all(remote, config.adapters_missing == "skip", advance)
+        for a in config.adapters:
+            found = fetched.get(a.name)
+            if isinstance(found, MissingOnHubError):
+                missing[a.name] = str(found)
+                logging.getLogger(__name__).warning("left out of the merge: %s", found)
+                continue
+            revision = found.commit if found else a.revision
             adapters.append(
-                load_adapter(a.source, revision=a.revision, name=a.name, allow_pickle=a.allow_pickle)
+                load_adapter(a.source, revision=revision, name=a.name, allow_pickle=a.allow_pickle)
             )
-        except MissingOnHubError as error:
-            if config.adapters_missing == "error":
-                raise InputError(f"{error} Or set `adapters_missing: skip` to merge without it.") from error
-            missing[a.name] = str(error)
-            logging.getLogger(__name__).warning("left out of the merge: %s", error)
     if not adapters:
         raise InputError(f"no adapter is left; the first: {next(iter(missing.values()))}")
     return adapters, missing
+
+
+def _fetch_all(
+    remote: Sequence[AdapterConfig], may_miss: bool, advance: Callable[[], object]
+) -> dict[str, Fetched | MissingOnHubError]:
+    """Have the files of all these adapters at hand, by name; tell which commits to pin."""
+
+    def fetch(a: AdapterConfig) -> Fetched | MissingOnHubError:
+        try:
+            return fetch_adapter(a.source, revision=a.revision, name=a.name, allow_pickle=a.allow_pickle)
+        except MissingOnHubError as error:
+            if not may_miss:
+                raise InputError(f"{error} Or set `adapters_missing: skip` to merge without it.") from error
+            return error
+        finally:
+            advance()
+
+    found = fetch_together([partial(fetch, a) for a in remote])
+    note_unpinned(
+        (f"adapter {a.name!r}", a.revision, one.commit)
+        for a, one in zip(remote, found, strict=True)
+        if isinstance(one, Fetched)
+    )
+    return {a.name: one for a, one in zip(remote, found, strict=True)}
 
 
 def assemble_parts(

@@ -164,6 +164,14 @@ def _choose_tokens(logits: Tensor, draws: Tensor, decoding: Decoding) -> Tensor:
     return torch.searchsorted(cumulative, targets, right=True)[:, 0]
 
 
+def _make_cache(model: Any) -> Any:
+    """Return an empty cache; None for a model that makes tuples, as GPT-2 did before transformers 4.54."""
+    try:
+        return DynamicCache(config=model.config)
+    except TypeError:
+        return DynamicCache() if getattr(model, "_supports_cache_class", True) else None
+
+
 class _Batch:
     """Rows being decoded together: their cache, padding mask and next input."""
 
@@ -175,10 +183,7 @@ class _Batch:
         padded = [[0] * pad + list(prefixes[row]) for pad, row in zip(pads, rows, strict=True)]
         self._input = torch.tensor(padded, device=model.device)
         self._mask = (torch.arange(longest) >= torch.tensor(pads)[:, None]).long().to(model.device)
-        try:
-            self._cache = DynamicCache(config=model.config)
-        except TypeError:  # transformers before 4.54
-            self._cache = DynamicCache()
+        self._cache = _make_cache(model)
 
     def next_logits(self) -> Tensor:
         """Run the model on the pending input; return float32 logits (n_rows, n_vocab) of the next token."""
@@ -192,6 +197,8 @@ class _Batch:
             use_cache=True,
             **({"logits_to_keep": 1} if takes_logits_to_keep(self.model) else {}),
         )
+        if not isinstance(self._cache, DynamicCache):
+            self._cache = output.past_key_values
         return output.logits[:, -1].float()  # type: ignore[no-any-return]
 
     def feed(self, tokens: Tensor) -> None:
@@ -204,7 +211,10 @@ class _Batch:
         index = torch.tensor(places, dtype=torch.long, device=self._mask.device)
         self.rows = [self.rows[place] for place in places]
         self._input, self._mask = self._input[index], self._mask[index]
-        self._cache.batch_select_indices(index)
+        if isinstance(self._cache, DynamicCache):
+            self._cache.batch_select_indices(index)
+        else:
+            self._cache = tuple(tuple(part[index] for part in layer) for layer in self._cache)
 
 
 def takes_logits_to_keep(model: Any) -> bool:

@@ -13,7 +13,7 @@ from functools import cache
 from hashlib import sha1, sha256
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Lock, Thread
+from threading import Event, Lock, Thread
 from urllib.parse import unquote, urlsplit
 
 PATHS = (
@@ -48,6 +48,8 @@ class Repo:
     """Which requests find it busy: info, file or large."""
     cut_after: list[int] = field(default_factory=list)
     """Bytes after which the next bodies of large files break off."""
+    hold_after: list[int] = field(default_factory=list)
+    """Bytes after which the next bodies of large files stop, and the connection stays."""
     corrupt: int = 0
     """How many of the next bodies of large files have one byte changed."""
 
@@ -72,6 +74,8 @@ class Hub:
     repos: dict[str, Repo] = field(default_factory=dict)
     requests: list[Request] = field(default_factory=list)
     lock: Lock = field(default_factory=Lock)
+    over: Event = field(default_factory=Event)
+    """Lets go of what is held."""
 
     @property
     def large_url(self) -> str:
@@ -101,6 +105,7 @@ def serve() -> Iterator[Hub]:
     try:
         yield hub
     finally:
+        hub.over.set()
         server.shutdown()
         server.server_close()
 
@@ -157,7 +162,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _info(self, hub: Hub, repo: Repo, repo_id: str, name: str) -> None:
         siblings = [{"rfilename": name} for name in repo.files]
-        self._json({"_id": "0" * 24, "id": repo_id, "sha": repo.commit, "siblings": siblings})
+        self._json({"_id": "0" * 24, "id": repo_id, "sha": self._commit, "siblings": siblings})
 
     def _tree(self, hub: Hub, repo: Repo, repo_id: str, name: str) -> None:
         entries = []
@@ -184,16 +189,17 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _large(self, hub: Hub, repo: Repo, repo_id: str, name: str) -> None:
         body = bytearray(repo.files[name].read_bytes())
-        cut = None
+        cut = held = None
         if self.command == "GET":
             with hub.lock:
                 cut = repo.cut_after.pop(0) if repo.cut_after else None
+                held = repo.hold_after.pop(0) if repo.hold_after else None
                 if repo.corrupt:
                     repo.corrupt -= 1
                     body[-1] ^= 1
         asked = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range") or "")
         if asked is None:
-            self._send(200, bytes(body), cut=cut)
+            self._send(200, bytes(body), cut=held or cut, over=hub.over if held else None)
             return
         start, total = int(asked[1]), len(body)
         self._send(
@@ -206,7 +212,9 @@ class _Handler(BaseHTTPRequestHandler):
     def _refuse(self, status: int, code: str, **headers: str) -> None:
         self._send(status, b"{}", **{"X-Error-Code": code, "X-Error-Message": code, **headers})
 
-    def _send(self, status: int, body: bytes, *, cut: int | None = None, **headers: str) -> None:
+    def _send(
+        self, status: int, body: bytes, *, cut: int | None = None, over: Event | None = None, **headers: str
+    ) -> None:
         self.send_response(status)
         for name, value in headers.items():
             self.send_header(name, value)
@@ -217,4 +225,6 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(body[:cut])
         if cut is not None:
             self.wfile.flush()
+            if over:
+                over.wait()
             self.close_connection = True

@@ -58,7 +58,7 @@ def test_alike_answers_are_counted_over_all_prompts_of_an_adapter():
 def test_one_arm_from_start_to_measures(tmp_path):
     write_config(tmp_path / "two.yaml", "two", generated=tmp_path, template=ROOT / "configs/demo.yaml")
     out = tmp_path / "measures.json"
-    points = ["--seconds", "2", "--evaluations", "4"]
+    points = ["--seconds", "1", "--evaluations", "4"]
     main([str(tmp_path / "two.yaml"), "--queries", "1", "--out", str(out), *points, "--set", *TINY])
     found = json.loads(out.read_text())
     assert found["ended_by"] == "clock"

@@ -5,13 +5,18 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from importlib import import_module
+from io import StringIO
 from pathlib import Path
+from threading import Barrier, Event
 from typing import Any
 
 import pytest
 import torch
-from huggingface_hub import constants
+from huggingface_hub import constants, file_download
+from huggingface_hub import utils as hub_utils
 
 import search.base
 import search.hub
@@ -22,7 +27,7 @@ from search.base import load_base, load_shapes, load_tokenizer, read_context
 from search.config import load_config
 from search.errors import InputError
 from search.files import sha256_file
-from search.hub import LONGEST_WAIT_S, WAITS_S, Fetched, MissingOnHubError, fetch
+from search.hub import LONGEST_WAIT_S, WAITS_S, Fetched, MissingOnHubError, fetch, fetch_together
 from search.parts import load_adapters
 from search.setup import load_setup
 from search.trace import Trace
@@ -31,6 +36,9 @@ from tests.hub_server import EXPIRED, Hub, Repo, serve
 ZOO = Path(__file__).parents[1] / "data/zoo"
 EXPERTS = sorted((ZOO / "adapters").iterdir())
 ADAPTER, COMMIT = LIST_MODELS[0]
+forget_sessions: Callable[[], object] = getattr(hub_utils, "reset_sessions", lambda: None)
+"""Before 1.0 a session is on line, or not, for good."""
+hub_bars = import_module("huggingface_hub.utils.tqdm")  # the package has a class of that name
 FILES = [CONFIG_FILE, WEIGHTS_FILE]
 
 
@@ -39,6 +47,18 @@ def add_competition(hub: Hub) -> None:
     hub.add(BASE_MODEL_NAME, ZOO / "base")
     for place, (name, commit) in enumerate(LIST_MODELS):
         hub.add(name, EXPERTS[place % len(EXPERTS)], commit)
+
+
+def set_template(monkeypatch: pytest.MonkeyPatch, template: str) -> None:
+    """Say where files are; huggingface_hub before 1.0 has it twice."""
+    for module in (constants, file_download):
+        monkeypatch.setattr(module, "HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)
+
+
+def go_offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Do as HF_HUB_OFFLINE=1."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    forget_sessions()
 
 
 @pytest.fixture
@@ -56,14 +76,17 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slept: list[float]) -> 
         add_competition(served)
         monkeypatch.setattr(constants, "ENDPOINT", served.url)
         template = served.url + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        set_template(monkeypatch, template)
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
         monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        forget_sessions()
         monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1 << 14)
         for name in ("HF_TOKEN", "HF_AUTH_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
             monkeypatch.delenv(name, raising=False)
+        search.hub._tell_once.cache_clear()
         yield served
+        forget_sessions()
 
 
 @pytest.fixture
@@ -199,13 +222,13 @@ def test_a_base_is_of_one_commit_though_its_branch_moves(hub: Hub, monkeypatch: 
 def test_offline_the_cache_serves(hub: Hub, monkeypatch: pytest.MonkeyPatch, revision: str | None) -> None:
     first = fetch_adapter(revision)
     hub.requests.clear()
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    go_offline(monkeypatch)
     assert fetch_adapter(revision) == first
     assert not hub.requests
 
 
 def test_offline_and_not_in_the_cache_names_the_cache(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    go_offline(monkeypatch)
     message = refusal()
     assert f"not or not wholly in the cache {constants.HF_HUB_CACHE}" in message
     assert "Unset HF_HUB_OFFLINE once" in message
@@ -214,7 +237,7 @@ def test_offline_and_not_in_the_cache_names_the_cache(hub: Hub, monkeypatch: pyt
 
 def test_offline_with_a_part_in_the_cache_is_refused(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     load_tokenizer(BASE_MODEL_NAME)  # without the weights
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    go_offline(monkeypatch)
     with pytest.raises(InputError, match=r"not or not wholly in the cache"):
         load_base(BASE_MODEL_NAME, device="cpu")
 
@@ -230,9 +253,7 @@ def test_a_hub_out_of_reach_serves_from_the_cache_else_says_so(
 
 
 def test_what_is_no_hub_is_said_to_be_none(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.large_url + "/large/{repo_id}/{filename}"
-    )
+    set_template(monkeypatch, hub.large_url + "/large/{repo_id}/{filename}")
     assert "does not seem to be served by a Hugging Face Hub endpoint" in refusal()
 
 
@@ -342,7 +363,7 @@ def test_only_what_the_hub_says_it_does_not_have_is_skipped(
     hub.repos["predibase/cnn"].busy, hub.repos["predibase/cnn"].busy_at = [(503, None)] * 99, "file"
     with pytest.raises(InputError, match=r"the hub is busy"):
         load_adapters(config)
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    go_offline(monkeypatch)
     with pytest.raises(InputError, match=r"not or not wholly in the cache"):
         load_adapters(config)
 
@@ -358,6 +379,74 @@ def test_the_uniform_average_is_over_what_is_there(hub: Hub, tmp_path: Path) -> 
     method = UniformAverage("u", load_config(configured(tmp_path, '"adapters_missing": "skip"')))
     assert len(method._load_everything()) == 2
     assert method.scale == 1 / 2
+
+
+def test_several_adapters_are_fetched_at_once_and_come_in_their_order(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, together = search.hub.snapshot_download, Barrier(3, timeout=20)
+
+    def download(*args: Any, **options: Any) -> str:
+        together.wait()  # all three, or the barrier breaks
+        return real(*args, **options)
+
+    monkeypatch.setattr(search.hub, "snapshot_download", download)
+    config = load_config(configured(tmp_path))
+    fetched = fetch_together([partial(fetch, a.source, a.revision, FILES, a.name) for a in config.adapters])
+    assert [found.commit for found in fetched] == [a.revision for a in config.adapters]
+
+
+def test_after_an_error_no_other_is_begun_and_of_several_the_first_is_told() -> None:
+    begun, both = [], Barrier(2, timeout=20)
+
+    def work(number: int) -> int:
+        begun.append(number)
+        if number in (1, 2):
+            both.wait()
+            raise InputError(f"no {number}")
+        return number
+
+    assert fetch_together([partial(work, number) for number in (3, 4)]) == [3, 4]
+    with pytest.raises(InputError, match="no 1"):
+        fetch_together([partial(work, number) for number in (1, 2, *range(5, 4000))])
+    assert len(begun) < 4000
+
+
+@pytest.mark.parametrize("given", [None, True, False])
+def test_one_bar_stands_for_all_adapters_unless_the_user_says_which(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: bool | None
+) -> None:
+    class Terminal(StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    for module in (constants, hub_bars):
+        monkeypatch.setattr(module, "HF_HUB_DISABLE_PROGRESS_BARS", given)
+    load_adapters(load_config(configured(tmp_path)))
+    shown = sys.stderr.getvalue()  # type: ignore[attr-defined]
+    assert ("adapters: 100%" in shown) == (given is None)
+    assert ("Fetching" in shown) == (given is False)
+
+
+def test_what_is_not_pinned_is_told_once(hub: Hub, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    path = configured(tmp_path)
+    for _ in range(2):
+        load_adapters(load_config(path))
+        load_base(BASE_MODEL_NAME, device="cpu", revision=hub.repos[BASE_MODEL_NAME].commit)
+    assert "not pinned" not in caplog.text
+    settings = json.loads(path.read_text())
+    del settings["adapters"][0]["revision"]
+    settings["adapters"][2]["revision"] = "main"
+    path.write_text(json.dumps(settings))
+    for _ in range(2):
+        adapters, _ = load_adapters(load_config(path))
+        load_base(BASE_MODEL_NAME, device="cpu")
+    (first, second) = [line for line in caplog.messages if "not pinned" in line]
+    assert f"not pinned: adapter 'magicoder' is at {COMMIT}, adapter 'drop' is at " in first
+    assert f"not pinned: base '{BASE_MODEL_NAME}' is at {hub.repos[BASE_MODEL_NAME].commit}. " in second
+    assert [a.revision for a in adapters] == [dict(LIST_MODELS)[f"predibase/{a.name}"] for a in adapters]
 
 
 # ---- broken connections and files
@@ -381,6 +470,30 @@ def test_whole_files_are_kept_when_another_never_comes(hub: Hub, repo: Repo) -> 
     hub.requests.clear()
     fetch_adapter()
     assert hub.asked("GET", "file", "large") == [WEIGHTS_FILE]
+
+
+@pytest.mark.slow
+def test_a_killed_processs_part_of_a_file_is_fetched_anew_and_its_whole_files_are_kept(
+    hub: Hub, repo: Repo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    repo.hold_after = [repo.files[WEIGHTS_FILE].stat().st_size // 2]
+    code = (
+        "import sys; from huggingface_hub import constants; constants.DOWNLOAD_CHUNK_SIZE = 1 << 14; "
+        "from search.hub import fetch; fetch(*sys.argv[1:3], sys.argv[3:], 'a')"
+    )
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    own = clean | {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home")}
+    with subprocess.Popen([sys.executable, "-c", code, ADAPTER, COMMIT, *FILES], env=own) as process:
+        part = (tmp_path / "home").rglob
+        while not list(part(CONFIG_FILE)) or not any(p.stat().st_size for p in part("*.incomplete")):
+            assert process.poll() is None
+            Event().wait(0.02)
+        process.kill()
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "home/hub"))
+    assert fetch_adapter().commit == COMMIT
+    assert hub.asked("GET", "file", "large").count(CONFIG_FILE) == 1
+    ranges = [r.range for r in hub.requests if r.kind == "large" and r.method == "GET"]
+    assert ranges == [None, None]  # huggingface_hub takes up only what it began itself
 
 
 @pytest.mark.parametrize("broken", [RuntimeError("data store gave up"), ConnectionResetError("by peer")])
@@ -448,14 +561,14 @@ def test_a_file_that_someone_deleted_from_the_cache_is_fetched_again(hub: Hub) -
 
 def test_offline_a_deleted_file_is_one_line(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     (fetch_adapter().folder / WEIGHTS_FILE).resolve().unlink()
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    go_offline(monkeypatch)
     assert "Unset HF_HUB_OFFLINE once to fetch it" in refusal()
 
 
 def test_offline_a_spoiled_file_is_refused_and_kept(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     path = fetch_adapter().folder / CONFIG_FILE
     path.write_bytes(path.read_bytes() + b" ")
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    go_offline(monkeypatch)
     assert f"{CONFIG_FILE} in the cache does not have its hash. Unset HF_HUB_OFFLINE once" in refusal()
     assert path.exists()
 
@@ -541,7 +654,7 @@ def test_a_whole_run_from_the_hub_records_commits_and_what_was_missing(hub: Hub,
     assert found["provenance"]["left_out"].keys() == {"cnn"}
     assert Trace.load(out / "trace.jsonl").header["left_out"] == found["provenance"]["left_out"]
     assert "left out, coefficient 0: cnn: adapter 'cnn'" in done.stderr
-    assert f"commit {base}; pin it with `revision:`" in done.stderr
+    assert done.stderr.count(f"not pinned: base '{BASE_MODEL_NAME}' is at {base}.") == 1
     merged = run_alone(
         ["-m", "search", "merge", str(out), "-o", str(tmp_path / "m")], **own, HF_HUB_OFFLINE="1"
     )

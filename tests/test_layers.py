@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LAYERS = (
-    {"errors"},
+    {"errors", "versions"},
     {
         "card",
         "compiled",
@@ -27,6 +27,7 @@ LAYERS = (
     },
     {
         "files",
+        "hub_errors",
         "import_block",
         "locate",
         "objective",
@@ -51,7 +52,7 @@ LAYERS = (
         "recorded",
         "stack",
     },
-    {"balance", "forecast", "merge", "parts", "population", "progress", "reserves", "resume", "stages"}
+    {"balance", "forecast", "merge", "parts", "pin", "population", "progress", "reserves", "resume", "stages"}
     | {"summary"},
     {"compress", "delivery", "diagnosis", "drafts", "folding", "planning", "trust"},
     {"diagnosis_text", "export", "prompts"},

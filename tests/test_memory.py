@@ -18,8 +18,6 @@ from search.config import load_config
 from search.evaluate import PopulationEvaluator, Scoring
 from search.experts import TokenBudget, expert_signals, plan_budget
 from search.memory import (
-    LEAST_PREFILL_TOKENS,
-    MOST_PREFILL_TOKENS,
     MOST_TOKENS,
     MOST_WRITTEN_TOKENS,
     Reading,
@@ -30,7 +28,6 @@ from search.memory import (
     largest_batch,
     largest_fit,
     pick_tokens,
-    prefill_tokens,
     read_memory,
     sampling_cost,
     shape_of,
@@ -118,12 +115,6 @@ def test_the_densest_rows_are_measured_within_the_limit(rows, n_tokens):
     assert densities[chosen[0]] == max(densities)
 
 
-@given(st.integers(1, 10**6))
-def test_prompts_are_read_in_parts_that_take_less_than_the_cache_yet_keep_a_card_busy(n_tokens):
-    assert LEAST_PREFILL_TOKENS <= prefill_tokens(n_tokens) <= MOST_PREFILL_TOKENS
-    assert prefill_tokens(n_tokens) <= max(LEAST_PREFILL_TOKENS, n_tokens / 4)
-
-
 def test_a_real_models_shape_is_read_from_its_configuration():
     shapes = load_shapes("dummy:mistral-7b").to(torch.bfloat16)
     assert shape_of(shapes) == MISTRAL
@@ -134,10 +125,11 @@ def test_a_real_models_shape_is_read_from_its_configuration():
 def test_a_cache_takes_what_the_shape_says(architecture):
     model, ids = make_model(architecture), random_ids(2, 6)
     past = model(ids, use_cache=True).past_key_values
-    n_bytes = sum(t.numel() * t.dtype.itemsize for layer in past.layers for t in (layer.keys, layer.values))
+    layers = [(layer.keys, layer.values) for layer in past.layers] if hasattr(past, "layers") else past
+    n_bytes = sum(t.numel() * t.dtype.itemsize for layer in layers for t in layer)
     shape = shape_of(model)
     assert shape.cache * ids.numel() == n_bytes
-    assert shape.n_layers == len(past.layers)
+    assert shape.n_layers == len(layers)
     assert 0 < shape.forward < shape.graph
 
 

@@ -34,7 +34,9 @@ from search.merge import (
 from search.population import population
 from search.provenance import library_versions
 from search.stack import stack_adapters
+from search.versions import dtype_option
 from tests.toys import (
+    AS_IT_IS,
     BASE_NAME,
     MIXED,
     Recipe,
@@ -136,7 +138,7 @@ def test_a_merge_agrees_with_peft_cat(tmp_path: Path, toy_model: Models) -> None
     model = toy_model("llama")
     paths = [save_adapter(model, tmp_path / str(i), Recipe(rank=2 + i, alpha=6, seed=i)) for i in range(2)]
     oracle = load_with_peft(model, paths[0])
-    oracle.load_adapter(str(paths[1]), "second", autocast_adapter_dtype=False)
+    oracle.load_adapter(str(paths[1]), "second", **AS_IT_IS)
     oracle.add_weighted_adapter(["default", "second"], [0.7, 0.4], "cat", "cat")
     oracle.set_adapter("cat")
     case = make_case(model, [load_adapter(str(path)) for path in paths])
@@ -271,7 +273,7 @@ def test_folding_into_a_tied_output_layer_leaves_the_embeddings(tmp_path: Path, 
     assert_same(folded(IDS).logits, case.run(one))
     assert not folded.config.tie_word_embeddings
     folded.save_pretrained(tmp_path / "folded")
-    again = type(model).from_pretrained(tmp_path / "folded", dtype=torch.float64)
+    again = type(model).from_pretrained(tmp_path / "folded", **dtype_option(torch.float64))
     assert_same(again(IDS).logits, case.run(one))
 
 

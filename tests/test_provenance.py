@@ -50,7 +50,7 @@ def test_versions_are_those_that_run(tmp_path, monkeypatch):
     assert versions.keys() == {"concord", "python", *LIBRARIES}
     assert set(LIBRARIES) == {"torch", "transformers", "nevergrad", "cma", "numpy"}
     assert all(versions.values())
-    assert versions["torch"] == torch.__version__
+    assert torch.__version__.startswith(versions["torch"])  # the wheel may leave out "+cu124"
     assert versions["python"] == platform.python_version()
     assert versions["concord"]
     monkeypatch.setattr(provenance, "CHECKOUT", tmp_path)

@@ -116,28 +116,42 @@ def test_bad_input_is_one_line_and_code_2(tmp_path, capsys):
     assert capsys.readouterr().err.startswith(f"error: {tmp_path}/none.csv: ")
 
 
-def test_what_is_held_up_takes_longer_once_and_only_from_its_moment():
+class Clock:
+    """Stands where `time` does: nobody waits, and no other process counts."""
+
+    now_s = 0.0
+
+    def monotonic(self):
+        return self.now_s
+
+    def sleep(self, seconds):
+        self.now_s += seconds
+
+
+def test_what_is_held_up_takes_longer_once_and_only_from_its_moment(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(rehearsed_job, "time", clock)
     slow = Slowness(3.0, ["answers"])
 
     @slow.hold_up
     def inner():
-        time.sleep(0.02)
+        clock.sleep(0.02)
 
     @slow.hold_up
     def outer():
         inner()
 
     def seconds_of(step):
-        started_s = time.monotonic()
+        started_s = clock.now_s
         step()
-        return time.monotonic() - started_s
+        return clock.now_s - started_s
 
-    assert seconds_of(outer) < 0.05
+    assert seconds_of(outer) == pytest.approx(0.02)
     slow.reach("search")
     assert slow.now() == 1
     slow.reach("answers")
     assert slow.now() == 3
-    assert 0.06 <= seconds_of(outer) < 0.12
+    assert seconds_of(outer) == pytest.approx(0.06)
 
 
 def test_a_slow_down_in_the_search_begins_after_half_of_it_and_moments_multiply():

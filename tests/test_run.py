@@ -144,7 +144,7 @@ def test_the_header_says_what_the_run_depends_on(finished, zoo):
     assert [adapter["name"] for adapter in header["adapters"]] == ["expert-0", "expert-1", "expert-2"]
     assert (header["groups"], header["left_out"]) == (["model"], {})
     assert (header["device"], header["dtype"]) == ("cpu", "float32")
-    assert header["versions"]["torch"] == torch.__version__
+    assert torch.__version__.startswith(header["versions"]["torch"])  # the wheel may leave out "+cu124"
 
 
 def test_the_trace_tells_the_whole_run_in_order_and_pandas_reads_it(finished):

@@ -30,7 +30,7 @@ from search.prompts import read_prompts
 from tests.test_evaluate import merge_densely, score_slowly
 from tests.test_experts import logp_alone
 from tests.test_merges import IDS, save_toy_zoo
-from tests.toys import Recipe, load_with_peft, make_model, save_adapter
+from tests.toys import AS_IT_IS, Recipe, load_with_peft, make_model, save_adapter
 
 QUICK = (
     "device=cpu",
@@ -106,10 +106,10 @@ def lorahub_by_its_own_code(model, folders, weights):
 
 def linear_by_peft(model, folders, weights):
     """add_weighted_adapter("linear"), which puts the root of weight * scaling on A and on B."""
-    host = PeftModel.from_pretrained(copy.deepcopy(model), folders[0], "a0", autocast_adapter_dtype=False)
+    host = PeftModel.from_pretrained(copy.deepcopy(model), folders[0], "a0", **AS_IT_IS)
     names = ["a0"]
     for index, folder in enumerate(folders[1:], start=1):
-        host.load_adapter(folder, f"a{index}", autocast_adapter_dtype=False)
+        host.load_adapter(folder, f"a{index}", **AS_IT_IS)
         names.append(f"a{index}")
     squares = [w**2 for w in weights]
     host.add_weighted_adapter(names, squares, "merged", combination_type="linear")

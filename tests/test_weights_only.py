@@ -25,7 +25,7 @@ from search.setup import load_setup
 from tests.test_main import QUERIES, read_rows
 from tests.test_merges import save_toy_zoo
 from tests.test_setup import spoil
-from tests.toys import Recipe, make_model, save_adapter
+from tests.toys import AS_IT_IS, Recipe, make_model, save_adapter
 
 FOLDED = ("dare", "dare_ties", "linear", "ties")
 TABLES = {"balanced": None, "cat": 1 / 3, "task_arithmetic": 0.3, "uniform_average": 1 / 3}
@@ -55,9 +55,9 @@ def adapters(folders):
 
 @pytest.fixture
 def peft_model(folders):
-    model = PeftModel.from_pretrained(make_model(), folders[0], "a0", autocast_adapter_dtype=False)
+    model = PeftModel.from_pretrained(make_model(), folders[0], "a0", **AS_IT_IS)
     for index, folder in enumerate(folders[1:], start=1):
-        model.load_adapter(folder, f"a{index}", autocast_adapter_dtype=False)
+        model.load_adapter(folder, f"a{index}", **AS_IT_IS)
     return model
 
 

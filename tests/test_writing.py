@@ -32,7 +32,7 @@ def write_one(model, prompt, n_tokens):
 
 @WAYS
 def test_text_written_in_a_batch_equals_plain_forwards(architecture, write, monkeypatch):
-    monkeypatch.setattr(writing, "prefill_tokens", lambda _: 40)  # prompts are read in three goes
+    monkeypatch.setattr(writing, "PREFILL_TOKENS", 40)  # prompts are read in three goes
     model, prompts = make_toy(architecture), toy_prompts()
     endless = [write_one(model, prompt, 12) for prompt in prompts]
     assert write(model, prompts, 12, frozenset(), pad=2) == endless

@@ -5,6 +5,7 @@ import json
 import random
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -19,18 +20,24 @@ from benchmarks.zoo.sizes import EXPERTS, TINY
 from benchmarks.zoo.tasks import HELD_IN
 
 GENERATORS = {**HELD_IN, **HELD_OUT}
+BASE = Path(__file__).parents[1] / "data/zoo/base"
 N_DRAWN = 3000
 NUMBERS = {words.number_word(n): n for n in range(100)}
+
+
+class Drawn(dict):
+    """A task's examples, drawn when they are asked for."""
+
+    def __missing__(self, task):
+        rng = random.Random(task)
+        self[task] = [GENERATORS[task](rng) for _ in range(N_DRAWN)]
+        return self[task]
 
 
 @pytest.fixture(scope="module")
 def drawn():
     """Many examples of every task, of any split."""
-    return {
-        task: [generator(rng) for _ in range(N_DRAWN)]
-        for task, generator in GENERATORS.items()
-        for rng in [random.Random(task)]
-    }
+    return Drawn()
 
 
 def plain_form(example):
@@ -120,7 +127,7 @@ def test_measured_examples_are_of_their_split():
     assert {e.split for group in test.values() for e in group} == {"test"}
 
 
-def test_pretraining_and_experts_see_the_training_split_alone(monkeypatch, tiny_zoo):
+def test_pretraining_and_experts_see_the_training_split_alone(monkeypatch):
     seen = []
 
     def keep(example, rng):
@@ -137,7 +144,7 @@ def test_pretraining_and_experts_see_the_training_split_alone(monkeypatch, tiny_
 
     monkeypatch.setattr(experts, "batch", keep_batch)
     spec = replace(EXPERTS[0], steps=2)
-    experts.train_lora(tiny_zoo.base, spec, (HELD_IN["maths"],), n_rows=30, seed=1, device="cpu")
+    experts.train_lora(BASE, spec, (HELD_IN["maths"],), n_rows=30, seed=1, device="cpu")
     assert len(seen) == 360
     assert {example.split for example in seen} == {"train"}
 
@@ -163,7 +170,7 @@ def test_examples_are_well_formed(drawn, task):
 
 
 def test_every_task_has_an_instruction_of_its_own(drawn):
-    instructions = {task: {e.instruction for e in examples} for task, examples in drawn.items()}
+    instructions = {task: {e.instruction for e in drawn[task]} for task in GENERATORS}
     assert all(len(found) == 1 for found in instructions.values())
     assert len(set.union(*instructions.values())) == len(GENERATORS)
 

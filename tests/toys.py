@@ -7,6 +7,7 @@ ways to the same logits may differ there by a flipped float32 rounding. `assert_
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from inspect import signature
 from pathlib import Path
 
 import torch
@@ -53,6 +54,9 @@ CONFIGS: dict[str, PretrainedConfig] = {
     "gpt2": GPT2Config(**_GPT2_SIZES, **_IDS),
     "gpt_neox": GPTNeoXConfig(**_NO_KV),
 }
+_CAST = "autocast_adapter_dtype"
+AS_IT_IS: dict[str, bool] = {_CAST: False} if _CAST in signature(get_peft_model).parameters else {}
+"""For PEFT: adapters in the model's own type, as versions before 0.11 have them anyway."""
 ARCHITECTURES = tuple(CONFIGS)
 
 _GATED = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -139,7 +143,7 @@ def save_adapter(model: nn.Module, folder: Path, recipe: Recipe | None = None, *
         fan_in_fan_out=model.config.model_type == "gpt2",
         **settings,
     )
-    peft_model = get_peft_model(copy.deepcopy(model), config, autocast_adapter_dtype=False)
+    peft_model = get_peft_model(copy.deepcopy(model), config, **AS_IT_IS)
     gen = torch.Generator().manual_seed(recipe.seed)
     for name, parameter in peft_model.named_parameters():
         if "lora_" in name:
@@ -150,7 +154,7 @@ def save_adapter(model: nn.Module, folder: Path, recipe: Recipe | None = None, *
 
 def load_with_peft(model: nn.Module, folder: Path | str) -> nn.Module:
     """The oracle: a copy of `model` with the adapter in `folder`, as PEFT runs it."""
-    return PeftModel.from_pretrained(copy.deepcopy(model), folder, autocast_adapter_dtype=False).eval()
+    return PeftModel.from_pretrained(copy.deepcopy(model), folder, **AS_IT_IS).eval()
 
 
 @st.composite

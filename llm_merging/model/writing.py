@@ -18,7 +18,7 @@ from torch.nn import functional
 from transformers import Cache
 
 from llm_merging.model.rows import device_of, forward, pad_left
-from search.memory import prefill_tokens
+from search.memory import PREFILL_TOKENS
 
 logger = logging.getLogger(__name__)
 
@@ -176,9 +176,9 @@ def _read_prompts(model: nn.Module, prompts: Sequence[Sequence[int]], max_new: i
     n_columns = -(-(len(prompts[0]) + max_new) // ALIGNMENT) * ALIGNMENT
     column = torch.tensor([len(prompts[0])], device=device)
     mask = torch.full((n_rows, 1, 1, n_columns), torch.finfo(dtype).min, dtype=dtype, device=device)
-    first_tokens, past, row, n_prefill = [], None, 0, prefill_tokens(n_rows * n_columns)
+    first_tokens, past, row = [], None, 0
     while row < n_rows:
-        some = prompts[row : row + max(1, n_prefill // len(prompts[row]))]
+        some = prompts[row : row + max(1, PREFILL_TOKENS // len(prompts[row]))]
         ids, real = pad_left(some, pad, device)
         output = forward(model, ids, real)
         if past is None:
