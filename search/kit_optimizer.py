@@ -11,7 +11,7 @@ import numpy as np
 
 from search.errors import InputError
 from search.optimizer import find_library, make_cma_family, standard_normal
-from search.plain_cma import OptimizerLibrary, start_pycma
+from search.plain_cma import start_pycma
 from search.sep_cma import SeparableCMA
 from search.space import FloatArray
 
@@ -45,21 +45,20 @@ class NevergradCMA:
 class KitOptimizer:
     """Asks for a generation, is told its losses, minimises; it works on (genome - start) / spread."""
 
-    def __init__(  # noqa: PLR0913 (as BatchOptimizer)
+    def __init__(
         self,
         start: FloatArray,
         spread: FloatArray,
         n_candidates: int,
         budget: int,
         seed: int,
-        name: str = "CMA",
-        library: OptimizerLibrary | None = None,
+        name: str,
     ) -> None:
         """Start from a point (n_params,) and standard deviations (n_params,), in a free space."""
         self._start, self._spread, self._worst = start, spread, np.nan
         # with an idle coordinate where there is one alone: pycma does not search in one dimension
         n = max(2, len(start))
-        library = library or find_library()
+        library = find_library()
         if library == "nevergrad":
             self._engine: Any = NevergradCMA(n, n_candidates, budget, seed)
         else:

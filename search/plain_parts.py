@@ -99,8 +99,6 @@ class PlainPasses(Passes):
         groups: Groups,
         prompts: PromptSet,
         signals: ExpertSignals,
-        *,
-        compiled: bool = False,
     ) -> None:
         """Note where each prompt's positions are among the signals'."""
         self._model, self._prompts, self._signals = model, prompts, signals

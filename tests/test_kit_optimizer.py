@@ -5,6 +5,7 @@ import warnings
 import numpy as np
 import pytest
 
+from search import kit_optimizer
 from search.errors import InputError
 from search.kit_optimizer import KitOptimizer
 from search.optimizer import BatchOptimizer
@@ -14,8 +15,10 @@ LIBRARIES = ["nevergrad", "pycma", "built-in"]
 
 def both(n_params, n_candidates, library):
     start, spread = np.linspace(0.1, 0.4, n_params), np.linspace(0.2, 0.3, n_params)
-    made = (start, spread, n_candidates, 400, 3, "CMA", library)
-    return KitOptimizer(*made), BatchOptimizer(*made)
+    made = (start, spread, n_candidates, 400, 3, "CMA")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kit_optimizer, "find_library", lambda: library)
+        return KitOptimizer(*made), BatchOptimizer(*made, library)
 
 
 @pytest.mark.parametrize("library", LIBRARIES)
