@@ -10,6 +10,7 @@ from typing import Literal
 
 import numpy as np
 
+from search.errors import InputError
 from search.space import FloatArray
 
 Verdict = Literal["winner", "beaten", "not finite", "outside bounds", "collapsed"]
@@ -155,7 +156,7 @@ def judge_finalists(
             merge and those that would win; without it nothing counts as collapsed.
 
     Raises:
-        ValueError: if nobody may win.
+        InputError: if nobody may win.
     """
     verdicts: list[Verdict] = ["beaten"] * len(finalists)
     agreements: dict[int, FloatArray] = {}
@@ -175,7 +176,7 @@ def judge_finalists(
             verdicts[index] = "winner" if may_win(index) else "collapsed"
     if "winner" not in verdicts:
         found = ", ".join(f"{f.name}: {verdict}" for f, verdict in zip(finalists, verdicts, strict=True))
-        raise ValueError(f"no finalist can win ({found}). Use a wider base.dtype, or other prompts.")
+        raise InputError(f"no finalist can win ({found}). Use a wider base.dtype, or other prompts.")
     return Judgement(tuple(finalists), losses, per_expert, agreements, tuple(verdicts))
 
 

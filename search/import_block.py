@@ -10,8 +10,8 @@ from collections import defaultdict
 from collections.abc import Iterable
 
 from search.errors import InputError
+from search.shorten import BUNDLE_WIDTH
 
-BUNDLE_WIDTH = 110
 NEWER = {"Self"}
 """Names of `typing` that Python 3.10 lacks: only annotations have them, which are not evaluated."""
 

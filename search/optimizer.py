@@ -39,8 +39,7 @@ class _Nevergrad:
     """An optimiser of nevergrad's, asked and told a generation at a time."""
 
     def __init__(self, name: str, n_params: int, n_candidates: int, budget: int, seed: int) -> None:
-        parametrization = ng.p.Array(init=np.zeros(n_params)).set_mutation(sigma=1.0)
-        parametrization.random_state = np.random.RandomState(seed)
+        parametrization = standard_normal(n_params, seed)
         factory = _find_factory(name, n_params, n_candidates)
         is_cma = isinstance(factory, ng.families.ParametrizedCMA)
         self.takes_points = is_cma and not factory.config()["fcmaes"]
@@ -221,6 +220,20 @@ class BatchOptimizer:
         return self._start + self._spread * value[..., : self._n_params]
 
 
+def standard_normal(n_params: int, seed: int) -> Any:
+    """Return nevergrad's description of points (n_params,) that start with a standard normal distribution."""
+    parametrization = ng.p.Array(init=np.zeros(n_params)).set_mutation(sigma=1.0)
+    parametrization.random_state = np.random.RandomState(seed)
+    return parametrization
+
+
+def make_cma_family(n_params: int, n_candidates: int) -> Any:
+    """Return what builds nevergrad's CMA for generations of one size."""
+    return ng.families.ParametrizedCMA(
+        popsize=n_candidates, diagonal=n_params > DIAGONAL_ABOVE, inopts=PYCMA_OPTIONS
+    )
+
+
 def _find_factory(name: str, n_params: int, n_candidates: int) -> Any:
     """Return what builds the optimiser; CMA and its family get a population of one generation.
 
@@ -229,9 +242,7 @@ def _find_factory(name: str, n_params: int, n_candidates: int) -> Any:
     """
     refuse_few(name, n_candidates)
     if name == "CMA":
-        return ng.families.ParametrizedCMA(
-            popsize=n_candidates, diagonal=n_params > DIAGONAL_ABOVE, inopts=PYCMA_OPTIONS
-        )
+        return make_cma_family(n_params, n_candidates)
     known = sorted(ng.optimizers.registry)
     if name not in known:
         close = get_close_matches(name, known, n=3, cutoff=0.5)

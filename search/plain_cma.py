@@ -25,15 +25,8 @@ MIN_POPULATION = 4
 """Candidates below which CMA fails on many parameters, and hardly learns on few."""
 PYCMA_OPTIONS = {
     "AdaptSigma": CMAAdaptSigmaTPA,
-    "maxiter": np.inf,
-    "tolfacupx": np.inf,
-    "tolupsigma": np.inf,
-    "tolflatfitness": np.inf,
-    "tolconditioncov": 0,
-    "tolfun": 0,
-    "tolfunhist": 0,
-    "tolstagnation": 0,
-    "tolx": 0,
+    **dict.fromkeys(["maxiter", "tolfacupx", "tolupsigma", "tolflatfitness"], np.inf),
+    **dict.fromkeys(["tolconditioncov", "tolfun", "tolfunhist", "tolstagnation", "tolx"], 0),
     "tolxstagnation": False,
 }
 """Two-point step size (Hansen 2008, arXiv:0805.0231): on quadratics of 60 to 240 parameters, after 125
@@ -44,6 +37,19 @@ stopping rules: nevergrad answers a stop by silently starting over at the first 
 def has_pycma() -> bool:
     """Whether pycma is installed."""
     return cma is not None
+
+
+def start_pycma(n_params: int, n_candidates: int, seed: int) -> Any:
+    """Start pycma's CMA with a standard normal distribution."""
+    options = {
+        **PYCMA_OPTIONS,
+        "popsize": n_candidates,
+        "CMA_diagonal": n_params > DIAGONAL_ABOVE,
+        "randn": np.random.RandomState(seed).randn,
+        "seed": np.nan,  # none: the global generator is not ours
+        "verbose": -9,
+    }
+    return cma.CMAEvolutionStrategy(np.zeros(n_params), 1.0, options)
 
 
 class PlainCMA:
@@ -58,19 +64,7 @@ class PlainCMA:
             raise ImportError(f"only CMA goes without nevergrad, found {name!r}")
         refuse_few(name, n_candidates)
         self._is_pycma = library == "pycma"
-        options = {
-            **PYCMA_OPTIONS,
-            "popsize": n_candidates,
-            "CMA_diagonal": n_params > DIAGONAL_ABOVE,
-            "randn": np.random.RandomState(seed).randn,
-            "seed": np.nan,  # none: the global generator is not ours
-            "verbose": -9,
-        }
-        self.strategy: Any = (
-            cma.CMAEvolutionStrategy(np.zeros(n_params), 1.0, options)
-            if self._is_pycma
-            else SeparableCMA(n_params, n_candidates, seed)
-        )
+        self.strategy: Any = (start_pycma if self._is_pycma else SeparableCMA)(n_params, n_candidates, seed)
 
     def ask(self) -> FloatArray:
         """Return points (n_candidates, n_params)."""

@@ -143,6 +143,16 @@ class PromptRequest:
     """`all`, or the answer's alone; `auto` is the answer's where there is a skeleton, else all."""
 
 
+def draft_settings(request: PromptRequest) -> DraftSettings:
+    """Return how the drafts of the prompts are written."""
+    return DraftSettings(
+        temperature=request.temperature,
+        max_slot_tokens=request.max_slot_tokens,
+        max_new_tokens=request.max_new_tokens,
+        seed=request.seed,
+    )
+
+
 def write_prompts(
     model: nn.Module,
     tokenizer: Any,
@@ -165,13 +175,7 @@ def write_prompts(
     parsed = [tuple(parse_skeleton(text) for text in texts) or (_FREE_TEXT,) for texts in skeletons]
     if len(parsed) != stacked.n_adapters:
         raise ValueError(f"skeletons for {len(parsed)} adapters, expected {stacked.n_adapters}")
-    settings = DraftSettings(
-        temperature=request.temperature,
-        max_slot_tokens=request.max_slot_tokens,
-        max_new_tokens=request.max_new_tokens,
-        seed=request.seed,
-    )
-    writer = DraftWriter(model, tokenizer, stacked, groups, settings)
+    writer = DraftWriter(model, tokenizer, stacked, groups, draft_settings(request))
     desks = [
         _Desk(i, name, own, request.per_adapter)
         for i, (name, own) in enumerate(zip(stacked.names, parsed, strict=True))

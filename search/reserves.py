@@ -68,9 +68,8 @@ class Reserves:
         self._again = self._over = False
         self._began_s: float | None = None
         self._fastest, self._measuring_s, self._all_measuring_s = math.inf, 0.0, 0.0
-        self._measured_at_s = (
-            0.0  # by the token of a generation, when all was last measured; 0 if none was yet
-        )
+        self._measured_at_s = 0.0
+        """By the token of a generation, when all was last measured; 0 if none was yet."""
         self.pace = 1.0
         """Seconds that work takes now over those when it was measured; 1 or more."""
         self.costs = self._measure_now()
@@ -118,9 +117,8 @@ class Reserves:
             self._box.release(name)
         all_s = self._most_s() + self.pace * self.costs.n_gradients * self.costs.gradient_s
         left_s = self._box.left_s()
-        if (
-            self.pace > 1 or not self._again
-        ) and self.pace * self._measuring_s + self.few_s() < left_s < 2 * all_s:
+        is_stale = self.pace > 1 or not self._again
+        if is_stale and self.pace * self._measuring_s + self.few_s() < left_s < 2 * all_s:
             self.costs = self._measure_now()
             self._reserve()
         self._recent.clear()

@@ -88,8 +88,7 @@ def sample_rows(
                 live = _decode_until_half_done(batch, new, draws, decoding, is_done)
             batch.keep(live)
 
-    n_tokens = largest_batch(model, sampling_cost, MAX_CACHED_TOKENS)
-    n_together = max(1, n_tokens // (max(map(len, prefixes)) + decoding.max_new_tokens))
+    n_together = max(1, tokens_together(model) // (max(map(len, prefixes)) + decoding.max_new_tokens))
     left = list(range(len(prefixes)))
     while left:
         rows = left[:n_together]
@@ -99,6 +98,11 @@ def sample_rows(
             n_together = len(rows) // 2
             torch.cuda.empty_cache()
     return new
+
+
+def tokens_together(model: Any) -> int:
+    """Return how many rows x tokens to decode together."""
+    return largest_batch(model, sampling_cost, MAX_CACHED_TOKENS)
 
 
 def _context_of(model: Any) -> int | None:
@@ -147,7 +151,7 @@ def _choose_tokens(logits: Tensor, draws: Tensor, decoding: Decoding) -> Tensor:
     probability zero is hit.
 
     Raises:
-        ValueError: if a row's logits are not finite.
+        InputError: if a row's logits are not finite.
     """
     if decoding.banned_ids:
         logits[:, list(decoding.banned_ids)] = -torch.inf
@@ -155,7 +159,7 @@ def _choose_tokens(logits: Tensor, draws: Tensor, decoding: Decoding) -> Tensor:
         return logits.argmax(-1).cpu()
     cumulative = torch.softmax(logits / decoding.temperature, -1).cpu().double().cumsum(-1)
     if not cumulative[:, -1].isfinite().all():
-        raise ValueError("the model's logits are not finite. Use a wider base.dtype (bfloat16 or float32).")
+        raise InputError("the model's logits are not finite. Use a wider base.dtype (bfloat16 or float32).")
     targets = draws.double()[:, None] * cumulative[:, -1:]
     return torch.searchsorted(cumulative, targets, right=True)[:, 0]
 

@@ -1,106 +1,37 @@
-"""What a bundle has in place of what it leaves out: resumption, signals, progress bars, files and pydantic.
+"""What a bundle has in place of what it leaves out: files, long refusals, and spaces that nobody asked for.
 
-Knows the interfaces of what it stands in for; not the kit, nor which module is bundled.
+Knows what it stands in for; not the kit, nor when which part is bundled.
 """
 
 import json
 import logging
-import time
-from collections.abc import Mapping, Sequence
+import math
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, TextIO
 
 import numpy as np
+from numpy.typing import ArrayLike
+from torch import Tensor
 
-from search.adapters import Adapter
+from search.adapters import _BASE_EDITING_INITS, Adapter, Factors, _setting, linear_widths
 from search.errors import InputError
-from search.groups import Groups
-from search.loop import Past, Progress
-from search.merge import fold_adapters, merge_adapters
-from search.outcome import Ending
-from search.parts import Parts
-from search.priors import PriorStart
-from search.setup import Setup, neutral_start
-from search.space import FloatArray
-from search.trace import Generation, _to_json
+from search.groups import GroupKind, Groups
+from search.objective import OBJECTIVES
+from search.sampling import MAX_CACHED_TOKENS
+from search.skeleton import Skeleton
+from search.space import SMALLEST_SPREAD, FloatArray
+from search.trace import _to_json
 
 
-class Settings:
-    """A section of the configuration: a literal's items as attributes."""
-
-    def __init__(self, items: Mapping[str, Any]) -> None:
-        self._items = {key: _as_settings(value) for key, value in items.items()}
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("_") or name not in self._items:
-            raise AttributeError(name)
-        return self._items[name]
-
-    def model_copy(self, *, update: Mapping[str, Any]) -> "Settings":
-        """Return a copy with some items replaced."""
-        return Settings({**self._items, **update})
-
-    def model_dump(
-        self, mode: str = "python", exclude: Sequence[str] | set[str] = (), exclude_none: bool = False
-    ) -> dict[str, Any]:
-        """Return the items as they were written."""
-        kept = {key: value for key, value in self._items.items() if key not in exclude}
-        return {k: _as_literal(v) for k, v in kept.items() if not (exclude_none and v is None)}
-
-
-def _as_settings(value: Any) -> Any:
+def read_settings(value: Any) -> Any:
+    """Return a literal's items as attributes, section in section."""
     if isinstance(value, Mapping):
-        return Settings(value)
-    return tuple(map(_as_settings, value)) if isinstance(value, list | tuple) else value
-
-
-def _as_literal(value: Any) -> Any:
-    if isinstance(value, Settings):
-        return value.model_dump()
-    return [_as_literal(item) for item in value] if isinstance(value, tuple) else value
-
-
-class NothingRecorded:
-    """In the place of an earlier run's record: there is none."""
-
-    def event(self, name: str) -> None:
-        """Return the event of an earlier run."""
-        return
-
-    def past(self, stage: int) -> Past:
-        """Return what an earlier run recorded of a stage."""
-        return Past()
-
-
-class Uninterrupted:
-    """In the place of signal handling, which is the kit's."""
-
-    requested = False
-
-    def defer(self) -> None:
-        """Have the next signal ask instead of raise."""
-
-    def check(self) -> None:
-        """Raise where somebody asks to end."""
-
-
-class PrintedProgress:
-    """Phases and every tenth of the evaluations, as lines in the log."""
-
-    def __init__(self, max_evaluations: int) -> None:
-        self._step = self._next = max(1, max_evaluations // 10)
-
-    def phase(self, name: str) -> None:
-        """Show that a phase has begun."""
-        logging.getLogger(__name__).info("%s", name)
-
-    def show(self, progress: Progress) -> None:
-        """Show where the search stands."""
-        if progress.evaluations >= self._next:
-            self._next = progress.evaluations + self._step
-            done = progress.evaluations, progress.best_loss, max(0.0, progress.left_s)
-            logging.getLogger(__name__).info("%d evaluations, best loss %.4f, %.0f s left", *done)
+        return SimpleNamespace(**{key: read_settings(item) for key, item in value.items()})
+    return value
 
 
 class LenientTrace:
@@ -115,23 +46,15 @@ class LenientTrace:
         except OSError as error:
             self._give_up(error)
 
-    def header(self, content: Mapping[str, Any]) -> None:
-        """Write what the run depends on."""
-        self._write({"kind": "header", "schema": 1, **content})
-
-    def generation(self, generation: Generation) -> None:
-        """Write one generation."""
-        fields = Generation.__dataclass_fields__
-        self._write({"kind": "generation", **{name: getattr(generation, name) for name in fields}})
-
     def event(self, name: str, /, **content: Any) -> None:
         """Write that something happened."""
-        self._write({"kind": "event", "event": name, **content})
+        self.write("event", event=name, **content)
 
-    def _write(self, line: Mapping[str, Any]) -> None:
+    def write(self, kind: str, /, **content: Any) -> None:
+        """Write a line: a header, a generation or an event."""
         if self._file is not None:
             try:
-                self._file.write(json.dumps(_to_json(line), allow_nan=False) + "\n")
+                self._file.write(json.dumps(_to_json({"kind": kind, **content}), allow_nan=False) + "\n")
                 self._file.flush()
             except OSError as error:
                 self._give_up(error)
@@ -141,57 +64,104 @@ class LenientTrace:
         logging.getLogger(__name__).warning("no trace in %s: %s; going on", self._path, error.strerror)
 
 
-def time_merge(parts: Parts, coefficients: FloatArray, base_name: str, output: Path) -> float:
-    """Merge in memory and throw away: the seconds that it takes."""
-    started_s = time.monotonic()
-    merge_adapters(parts.adapters, coefficients, parts.groups, base_name=base_name, dtype=parts.model.dtype)
-    return time.monotonic() - started_s
+def group_as_one(module_names: Iterable[str], kind: GroupKind, layers_per_block: int = 4) -> Groups:
+    """Return what `group_modules` returns for the kind "model": one group."""
+    return Groups(("model",), dict.fromkeys(sorted(set(module_names)), 0))
 
 
-def merge_in_kit(setup: Setup, ending: Ending, output: Path) -> dict[str, Any]:
-    """Fold the winner into the base, and return it as an adapter's state dict."""
-    parts, table = setup.parts, ending.winner.coefficients
-    merged = merge_adapters(
-        parts.adapters, table, parts.groups, base_name=setup.config.base.name, dtype=parts.model.dtype
-    )
-    fold_adapters(parts.model, parts.adapters, table, parts.groups)
-    return merged.state_dict
+@dataclass(frozen=True, slots=True, eq=False)
+class PlainSpace:
+    """A `Space` whose genomes are coefficients (n_groups, n_adapters) as they are, laid end to end."""
+
+    shape: tuple[int, int]
+    low: FloatArray
+    """(n_adapters,) lower bound of each adapter's coefficients, -inf where free."""
+    high: FloatArray
+    """(n_adapters,) upper bound."""
+
+    @property
+    def n_params(self) -> int:
+        """Length of a genome."""
+        return self.shape[0] * self.shape[1]
+
+    def to_coefficients(self, genomes: FloatArray) -> FloatArray:
+        """Decode (n_candidates, n_params) into (n_candidates, n_groups, n_adapters), clipped to the box."""
+        return np.clip(genomes.reshape(-1, *self.shape), self.low, self.high)
+
+    def encode(self, coefficients: ArrayLike, spread: ArrayLike) -> tuple[FloatArray, FloatArray]:
+        """Return the genome (n_params,) of coefficients, and its standard deviations."""
+        return np.reshape(coefficients, -1), np.maximum(spread, SMALLEST_SPREAD).reshape(-1)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class KitResult:
-    """In the place of a run's result."""
-
-    adapters: tuple[Adapter, ...]
-    coefficients: FloatArray
-    groups: Groups
-    merged: Any
-    winner: str
-    loss: float
-    evaluations: int
-    ended_by: str
-    interrupted: bool
-    report: str
+def make_plain_space(settings: Any, groups: Groups, low: FloatArray, high: FloatArray) -> PlainSpace:
+    """Return a plain space within bounds (n_adapters,)."""
+    return PlainSpace((len(groups.names), len(low)), low, high)
 
 
-def start_in_kit(config: Any, parts: Parts, balanced: FloatArray) -> tuple[PriorStart, dict[str, str] | None]:
-    """Return the neutral start, or the bundled prior's for adapters that it knows by name.
+def split_skeleton(text: str) -> Skeleton:
+    """Return what `parse_skeleton` returns for a skeleton that was checked when it was bundled."""
+    *pairs, last = re.split(r"\{([A-Za-z_]\w*)\}", text)
+    return Skeleton(literals=(*pairs[::2], last), slots=tuple(pairs[1::2]))
 
-    Raises:
-        InputError: for a prior of other groups.
-    """
-    start, spread = neutral_start(config, parts, balanced)
-    prior = config.bundled_prior
-    if prior is None:
-        return PriorStart(start, spread, ()), None
-    if list(prior.groups) != list(parts.groups.names):
-        raise InputError("the bundled prior has other groups of modules than these adapters; bundle another")
-    missing = tuple(name for name in parts.names if name not in prior.names)
-    for column, name in enumerate(parts.names):
-        if name not in missing:
-            known = prior.names.index(name)
-            start[:, column] = np.array(prior.start)[:, known]
-            spread[:, column] = np.array(prior.spread)[:, known]
-    if config.search.space.sign == "non_negative":
-        start = start.clip(min=0.0)
-    return PriorStart(start, spread, missing), {"source": "bundled", "sha256": prior.sha256}
+
+UNMERGEABLE = (
+    *("use_dora", "lora_bias", "modules_to_save", "layer_replication", "target_parameters"),
+    *("trainable_token_indices", "alora_invocation_tokens", "use_qalora", "use_bdlora", "arrow_config"),
+    *("kasa_config", "monteclora_config"),
+)
+"""Settings of PEFT that make an adapter more than plain LoRA."""
+
+
+def check_plain_lora(config: Mapping[str, Any], where: str) -> None:
+    """Refuse (InputError) what is not plain LoRA."""
+    odd = [setting for setting in UNMERGEABLE if config.get(setting)]
+    odd += ["bias"] if config.get("bias", "none") != "none" else []
+    start = str(config.get("init_lora_weights", True)).lower()
+    odd += [start] if start.startswith(_BASE_EDITING_INITS) else []
+    if config.get("peft_type") != "LORA" or odd:
+        found = ", ".join([str(config.get("peft_type")), *odd])
+        raise InputError(f"{where}: found {found}, but only plain LoRA can be merged. Drop it.")
+
+
+def pair_plain_factors(
+    tensors: Mapping[str, Tensor], config: dict[str, Any], where: str
+) -> dict[str, Factors]:
+    """Return the factors of each module; refuse (InputError) what is no pair of the configured rank."""
+    factors, end = {}, ".lora_A.weight"
+    for key in [key for key in tensors if key.endswith(end)]:
+        module = key.removeprefix("base_model.model.").removesuffix(end)
+        A, B = tensors[key], tensors.get(key.replace("lora_A", "lora_B"))
+        rank = _setting(config, "rank_pattern", module, config.get("r", 8))
+        if B is None or not A.shape[0] == B.shape[1] == rank:
+            raise InputError(f"{where}: {module} is no pair of matrices of rank {rank}. Re-download it.")
+        alpha = _setting(config, "alpha_pattern", module, config.get("lora_alpha", 8))
+        factors[module] = Factors(A, B, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank))
+    if not factors or len(tensors) != 2 * len(factors):
+        odd = [key for key in tensors if not key.endswith((end, ".lora_B.weight"))]
+        raise InputError(f"{where}: expected pairs of lora_A and lora_B alone, found {odd[:1]}. Drop it.")
+    return dict(sorted(factors.items()))
+
+
+def check_fit(adapter: Adapter, model: Any, base_name: str) -> None:
+    """Refuse (InputError) an adapter with a module that the base lacks or has in another width."""
+    layers = dict(model.named_modules())
+    for module, factors in adapter.modules.items():
+        widths = factors.B.shape[0], factors.A.shape[1]
+        if module not in layers or linear_widths(layers[module]) != widths:
+            found = f"adapter {adapter.name!r}: {module} is (d_out, d_in) = {widths}"
+            raise InputError(f"{found}, unlike in {base_name}: made for another base. Drop it.")
+
+
+def most_cached_tokens(model: Any) -> int:
+    """Return how many rows x tokens are decoded together at first; fewer once memory runs out."""
+    return MAX_CACHED_TOKENS
+
+
+def disagree(objective: str, merged_logp: Tensor, expert_logp: Tensor, next_tokens: Tensor) -> Tensor:
+    """Return what an objective measures at each position (..., n_positions); smaller is better."""
+    return OBJECTIVES[objective](merged_logp, expert_logp, next_tokens)
+
+
+def as_it_is(value: Any) -> Any:
+    """Return a value in place of what would be made of it, which is as good."""
+    return value

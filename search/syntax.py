@@ -4,10 +4,12 @@ Knows Python's syntax tree; not what is kept of it, nor what the code does.
 """
 
 import ast
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from search.shorten import drop_checks, keep_items
 
 ROOT = Path(__file__).resolve().parents[1]
 OWN = "search"
@@ -42,23 +44,33 @@ class Module:
     units: dict[str, Unit] = field(default_factory=dict)
 
 
-def read_module(name: str) -> Module:
-    """Read a module of search/, and what its statements name."""
-    text = (ROOT / (name.replace(".", "/") + ".py")).read_text(encoding="utf-8")
+def read_module(name: str, kept_items: Mapping[str, Collection[str]]) -> Module:
+    """Read a module of search/, and what its statements name.
+
+    Args:
+        kept_items: by the name of a dictionary, the only keys that it keeps.
+    """
+    text = drop_checks((ROOT / (name.replace(".", "/") + ".py")).read_text(encoding="utf-8"))
+    for bound, keys in kept_items.items():
+        text = keep_items(text, bound, keys)
     module = Module(name, text.splitlines(), ast.parse(text))
     for node in module.tree.body:
-        if isinstance(node, ast.ImportFrom | ast.Import):
-            _take_import(module, node)
-        elif isinstance(node, ast.Try):
-            for part in ast.walk(node):
-                if isinstance(part, ast.ImportFrom | ast.Import):
-                    for alias in part.names:
-                        module.guarded[alias.asname or alias.name] = node
-        else:
-            unit = _make_unit(module, node)
-            for bound in _bound_names(node):
-                module.units[bound] = unit
+        _bind(module, node)
     return module
+
+
+def _bind(module: Module, node: ast.stmt) -> None:
+    if isinstance(node, ast.ImportFrom | ast.Import):
+        _take_import(module, node)
+    elif isinstance(node, ast.Try):
+        for part in ast.walk(node):
+            if isinstance(part, ast.ImportFrom | ast.Import):
+                for alias in part.names:
+                    module.guarded[alias.asname or alias.name] = node
+    else:
+        unit = _make_unit(module, node)
+        for bound in _bound_names(node):
+            module.units[bound] = unit
 
 
 def _take_import(module: Module, node: ast.ImportFrom | ast.Import) -> None:

@@ -1,0 +1,146 @@
+"""Parts as a bundle has them give what the whole parts give."""
+
+import inspect
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+
+from search import plain_parts, population
+from search.errors import InputError
+from search.evaluate import PopulationEvaluator, Scoring
+from search.experts import TokenBudget, expert_signals
+from search.plain_parts import PlainBudget, PlainEvaluator, PlainLinear, PlainPasses, TerseDesk
+from search.prompts import _Desk
+from tests.test_experts import make_prompts, stack
+from tests.toys import make_model
+
+CLASSES = [part for _, part in inspect.getmembers(plain_parts, inspect.isclass) if "plain_parts" in str(part)]
+
+
+@pytest.mark.parametrize("part", CLASSES)
+def test_a_part_has_no_method_that_the_whole_one_lacks(part):
+    whole = part.__mro__[1]
+    own = {name for name, value in vars(part).items() if inspect.isfunction(value)}
+    assert whole is tuple or own <= set(vars(whole)), "in a bundle it would be left out"
+
+
+@pytest.fixture(params=[torch.float64, torch.bfloat16], ids=["folded", "mixed"])
+def case(request, toy_adapters):
+    """On a CPU float64 is folded, and bfloat16 is not."""
+    dtype = request.param
+    model, prompts = make_model("llama", dtype=dtype), make_prompts()
+    stacked, groups = stack(toy_adapters("llama"), dtype=dtype)
+    return model, stacked, groups, prompts, expert_signals(model, stacked, groups, prompts)
+
+
+@pytest.fixture
+def as_bundled(monkeypatch):
+    monkeypatch.setattr(plain_parts, "Passes", PlainPasses)
+    monkeypatch.setattr(population, "MixedLinear", PlainLinear)
+
+
+def ask(evaluator, table):
+    block = evaluator.score_blocks(table, [0])
+    gradient = evaluator.gradient(table[0])
+    scored = evaluator.score(table)
+    return {
+        "base": evaluator.base_per_expert,
+        "sums": block.sums,
+        "counts": block.counts,
+        "n_tokens": block.n_tokens,
+        "losses": scored.losses,
+        "per_expert": scored.per_expert,
+        "agreement": evaluator.agreement(table[0]),
+        "loss": gradient.loss,
+        "gradient": gradient.gradient,
+    }
+
+
+def test_a_plain_evaluator_scores_as_the_whole_one(case, as_bundled, monkeypatch):
+    table = np.random.default_rng(5).normal(0.3, 0.5, (4, len(case[2].names), 3))
+    scoring = Scoring(compiled=False, tokens_per_forward=40)
+    plain = ask(PlainEvaluator(*case, scoring, TokenBudget(40)), table)
+    monkeypatch.undo()
+    whole = ask(PopulationEvaluator(*case, scoring), table)
+    for name, value in whole.items():
+        np.testing.assert_array_equal(plain[name], value, err_msg=name)
+
+
+def test_a_plain_evaluator_asks_before_each_pass(case, as_bundled):
+    plain = PlainEvaluator(*case, Scoring(), None)
+    calls = Counter()
+    plain.checkpoint = lambda: calls.update(["asked"])
+    plain.score(np.zeros((2, len(case[2].names), 3)))
+    assert calls["asked"] > 0
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_a_plain_layer_mixes_as_the_whole_one(architecture, toy_model, toy_adapters, monkeypatch):
+    stacked, groups = stack(toy_adapters(architecture))
+    table = torch.randn(3, len(groups.names), 3, dtype=torch.float64)
+    table[:, 0] = 0
+    ids, found = torch.randint(0, 48, (3, 6)), []
+    for layer in (population.MixedLinear, PlainLinear):
+        monkeypatch.setattr(population, "MixedLinear", layer)
+        with torch.no_grad(), population.population(toy_model(architecture), stacked, table, groups) as model:
+            found.append(model(ids).logits)
+    assert torch.equal(*found)
+
+
+def test_a_plain_budget_changes_nothing_on_a_cpu():
+    budget = PlainBudget(100, by_memory=True)
+    budget.plan(torch.device("cpu"), [3, 4], [1, 1], lambda rows: pytest.fail("measured"))
+    assert budget == PlainBudget(100, by_memory=True)
+
+
+class Card:
+    """A CUDA device of 10,000 bytes free, on which a token takes 100."""
+
+    def __init__(self, monkeypatch, fails=False):
+        monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 500)
+        monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 1_500)
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (10_000, 40_000))
+        monkeypatch.setattr(plain_parts, "measure_peak", self._fail if fails else self._measure)
+
+    def _measure(self, device, step):
+        step()
+        return 700
+
+    def _fail(self, device, step):
+        raise torch.cuda.OutOfMemoryError
+
+
+def test_a_plain_budget_follows_free_memory(monkeypatch):
+    Card(monkeypatch)
+    seen, budget = [], PlainBudget(8192, by_memory=True)
+    budget.plan(torch.device("cuda"), [3, 4], [1, 1], seen.append, kept_bytes=1_000)
+    assert seen == [[0, 1]]
+    assert budget.bytes_per_token == 100
+    assert budget.tokens_per_forward == 64  # of (11,500 * 0.95 - 500 - 1,000) / 100 = 94
+    budget.plan(torch.device("cuda"), [3, 4], [1, 1], lambda rows: pytest.fail("measured again"))
+
+
+def test_a_plain_budget_tries_one_row_where_measuring_does_not_fit(monkeypatch):
+    Card(monkeypatch, fails=True)
+    budget = PlainBudget(8192, by_memory=True)
+    budget.plan(torch.device("cuda"), [3, 4], [1, 1], lambda rows: None)
+    assert (budget.tokens_per_forward, budget.by_memory) == (1, False)
+
+
+@pytest.mark.parametrize(("n_kept", "message"), [(0, "other skeletons"), (1, "other skeletons")])
+def test_a_terse_desk_refuses_where_the_whole_one_does(n_kept, message):
+    for kind in (_Desk, TerseDesk):
+        desk = kind(0, "a", (), 4, kept=[None] * n_kept, problems=Counter(blank=3))
+        with pytest.raises(InputError, match=r"adapter 'a'.*3"):
+            desk.check_enough()
+    with pytest.raises(InputError, match=message):
+        TerseDesk(0, "a", (), 4, problems=Counter(blank=3)).check_enough()
+
+
+def test_a_terse_desk_warns_of_a_shortage(caplog):
+    TerseDesk(0, "a", (), 4, kept=[None] * 4).check_enough()
+    assert not caplog.text
+    TerseDesk(0, "a", (), 4, kept=[None] * 3).check_enough()
+    assert "3 usable prompts, expected 4; going on" in caplog.text
