@@ -4,7 +4,8 @@ Knows models and stacks; not time.
 """
 
 import copy
-from contextlib import nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from statistics import median
 from typing import Any
 
@@ -25,10 +26,11 @@ def measure_exactness(model: Any, stacked: StackedFactors, groups: Groups, sizes
     """Return root mean square errors of the logits, relative to those of float32; medians of five draws.
 
     A draw is of tokens and of a mixture. The reference has the same weights and factors, widened: `error`
-    over `base_error` says what the mixture adds to the rounding that the model's type costs anyway,
-    `float32_error` how far float32 is from a merge whose weights were added up densely, `float32_floor` how
-    far the float32 base is from itself with one row at a time, by the order of its sums alone. Needs memory
-    for a float32 copy of the model.
+    over `base_error` says what the mixture adds to the rounding that the model's type costs anyway, and
+    `floor` over it what would be left if the touched layers were computed in float32 and rounded once: what
+    the mixed function makes of the other layers' rounding. `float32_error` is how far float32 is from a merge
+    whose weights were added up densely, `float32_floor` how far the float32 base is from itself with one row
+    at a time, by the order of its sums alone. Needs memory for a float32 copy of the model.
     """
     wide_model, wide = copy.deepcopy(model).float(), in_float32(stacked)
     dense = DenseMerge(wide_model, wide, groups)
@@ -48,6 +50,8 @@ def measure_exactness(model: Any, stacked: StackedFactors, groups: Groups, sizes
         exact, exact_base = logits(wide_model, wide), logits(wide_model)
         with dense.merged(table[0].to(model.device)):
             merged = logits(wide_model)
+            with _rounded_once(model, wide_model, stacked.modules):
+                floor = _relative(logits(model), exact)
         alone = torch.cat([logits(wide_model, ids=row[None]) for row in ids])
         error, base_error = _relative(logits(model, stacked), exact), _relative(logits(model), exact_base)
         draws.append(
@@ -55,6 +59,7 @@ def measure_exactness(model: Any, stacked: StackedFactors, groups: Groups, sizes
                 "error": error,
                 "base_error": base_error,
                 "error_over_base": error / base_error if base_error else 1.0,
+                "floor_over_base": floor / base_error if base_error else 1.0,
                 "float32_error": _relative(exact, merged),
                 "float32_floor": _relative(alone, exact_base),
             }
@@ -65,6 +70,24 @@ def measure_exactness(model: Any, stacked: StackedFactors, groups: Groups, sizes
         **{name: median(draw[name] for draw in draws) for name in draws[0]},
         "error_over_base_spread": [min(ratios), max(ratios)],
     }
+
+
+@contextmanager
+def _rounded_once(model: Any, wide_model: Any, names: Iterable[str]) -> Iterator[None]:
+    """Within the context the model's named layers put out what the wide model's do, rounded to its type."""
+
+    def hook_of(wide_layer: Any) -> Any:
+        return lambda _, inputs, output: wide_layer(inputs[0].float()).to(output.dtype)
+
+    hooks = [
+        model.get_submodule(name).register_forward_hook(hook_of(wide_model.get_submodule(name)))
+        for name in names
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _relative(found: Tensor, expected: Tensor) -> float:

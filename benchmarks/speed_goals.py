@@ -132,12 +132,15 @@ def _details(latest: Mapping[str, Row]) -> list[str]:
         for part in row["candidates"]:
             rates = ", ".join(f"{way} {rate:.2f}" for way, rate in part["candidates_per_s"].items())
             found.append(f"Candidates/s at {part['tokens_a_candidate']:,} tokens each: {rates}.")
-        floor = row["exactness"].get("float32_floor")
-        if floor is not None:
-            found.append(
-                f"The float32 base differs from itself, a row at a time, by {floor:.1e} (relative root mean "
-                "square of logits)."
-            )
+        exactness = row["exactness"]
+        low, high = exactness["error_over_base_spread"]
+        found.append(
+            f"The bfloat16 error is {low:.3f} to {high:.3f} of the base's own over five draws; it would "
+            f"be {exactness['floor_over_base']:.3f} with the touched layers computed in float32 and rounded "
+            "once. "
+            f"The float32 base differs from itself, a row at a time, by {exactness['float32_floor']:.1e} "
+            "(relative root mean square of logits)."
+        )
     if STEP in latest:
         rates = latest[STEP]["candidates"]["candidates_per_s"]
         text = ", ".join(f"{way} {rate:.2f}" for way, rate in rates.items())

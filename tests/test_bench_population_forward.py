@@ -1,12 +1,15 @@
 """The speed benchmark's rivals against each other and against formulas, at toy size; and that it runs."""
 
+import copy
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
 from benchmarks import bench_population_forward
 from benchmarks.bench_population_forward import ForwardScene, check_ways, merged_ways
+from benchmarks.speed_exactness import _rounded_once, measure_exactness
 from benchmarks.speed_rivals import DenseMerge, PeftWays
 from benchmarks.speed_scene import ALL_SEVEN, TINY, build_model, build_stack
 from benchmarks.timing import time_interleaved
@@ -74,6 +77,26 @@ def test_functions_are_timed_in_turn():
     seconds = time_interleaved(ways, CPU, repeats=3, warm_ups=1)
     assert "".join(calls) == "ab" + "ab" * 3
     assert seconds.keys() == set("ab")
+
+
+def test_errors_are_told_from_those_that_the_mixture_cannot_help():
+    sizes = replace(TINY, dtype=torch.bfloat16)
+    model = build_model(sizes, CPU)
+    stacked, groups = build_stack(model, sizes)
+    found = measure_exactness(model, stacked, groups, sizes)
+    low, high = found["error_over_base_spread"]
+    assert low < found["error_over_base"] < high
+    assert 1e-3 < found["base_error"] < 0.1
+    assert 0.5 < found["floor_over_base"] < 1.5
+    assert found["float32_error"] < 1e-5
+
+    wide_model, x = copy.deepcopy(model).float(), torch.randn(3, sizes.d_model).bfloat16()
+    names = ["model.layers.1.self_attn.q_proj"]
+    layer, wide_layer = model.get_submodule(names[0]), wide_model.get_submodule(names[0])
+    wide_layer.weight.mul_(2)
+    with _rounded_once(model, wide_model, names):
+        torch.testing.assert_close(layer(x), wide_layer(x.float()).bfloat16(), rtol=0, atol=0)
+    torch.testing.assert_close(2 * layer(x), wide_layer(x.float()).bfloat16())
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -22,7 +22,10 @@ def forward_line(**changes):
         **{"benchmark": FORWARD, "tiny": False, "device": "a GPU", "machine": "a host", "commit": "c0ffee"},
         "full_forward": passes,
         "candidates": [part | {"tokens_a_candidate": n} for n in (256, 3_456)],
-        "exactness": {"error_over_base": 1.04, "float32_error": 2e-5, "float32_floor": 1.5e-5},
+        "exactness": {
+            **{"error_over_base": 1.04, "error_over_base_spread": [1.03, 1.06], "floor_over_base": 1.035},
+            **{"float32_error": 2e-5, "float32_floor": 1.5e-5},
+        },
     }
     return line | changes
 
@@ -41,6 +44,8 @@ def test_each_goal_says_what_was_wanted_what_was_measured_and_whether_it_is_met(
     assert "a GPU (a host)" in text
     assert "c0ffee" in text
     assert "by 1.5e-05" in text
+    assert "1.030 to 1.060 of the base's own" in text
+    assert "would be 1.035" in text
 
 
 def test_the_latest_line_counts_a_toy_s_never_does_and_what_was_not_run_is_not_shown():
