@@ -5,14 +5,14 @@ seconds to compile, which pays from about 50 forward passes on, and on a CPU har
 """
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import cache
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from search.versions import recompile_option
 
@@ -43,7 +43,7 @@ class Compiler:
         """False once it failed."""
 
     def __call__(self, function: Callable[..., Any], *, dynamic: bool = False) -> Callable[..., Any]:
-        """Return the function compiled, once for each shape, or once for all of them if `dynamic`.
+        """Return the function compiled, once for each shape, or once for any number of rows if `dynamic`.
 
         Its errors are the function's own.
         """
@@ -51,6 +51,8 @@ class Compiler:
 
         def run(*args: Any, **kwargs: Any) -> Any:
             if self.works:
+                if dynamic:
+                    _fix_widths(args)
                 try:
                     with torch._dynamo.config.patch(**recompile_option(_RECOMPILE_LIMIT)):
                         return compiled(*args, **kwargs)
@@ -64,6 +66,17 @@ class Compiler:
             return function(*args, **kwargs)
 
         return run
+
+
+def _fix_widths(tensors: Iterable[Tensor]) -> None:
+    """Have matrices compiled for their width, whatever their number of rows.
+
+    Kernels are kept on disk: one that was tuned for a small vocabulary would be taken for a large one, which
+    was seen to take ten times as long.
+    """
+    for tensor in tensors:
+        if tensor.ndim > 1:
+            torch._dynamo.mark_static(tensor, tensor.ndim - 1)
 
 
 @cache

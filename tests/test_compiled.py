@@ -37,6 +37,23 @@ def without_a_code_generator(monkeypatch):
     )
 
 
+def test_one_graph_serves_any_number_of_rows_of_one_width(monkeypatch):
+    shapes, compile_ = [], torch.compile
+
+    def look(graph, inputs):
+        placeholders = [node for node in graph.graph.nodes if node.op == "placeholder"]
+        shapes.extend(node.meta["example_value"].shape for node in placeholders if node.type is torch.Tensor)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", lambda function, **how: compile_(function, backend=look, **how))
+    double = Compiler()(lambda x: 2 * x, dynamic=True)
+    for n_rows, width in ((5, 16), (6, 16), (6, 32), (7, 32)):
+        x = torch.randn(n_rows, width)
+        assert torch.equal(double(x), 2 * x)
+    assert [shape[1] for shape in shapes] == [16, 32]
+    assert not any(isinstance(shape[0], int) for shape in shapes)
+
+
 @pytest.fixture
 def n_failures(monkeypatch):
     """A compiler that fails, and a list with an item for each time."""
