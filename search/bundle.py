@@ -44,6 +44,7 @@ STAND_INS: dict[Key, Key] = {
     ("search.adapters", "check_adapter"): ("search.stand_ins", "check_fit"),
     ("search.experts", "TokenBudget"): ("search.plain_parts", "PlainBudget"),
     ("search.prompts", "_Desk"): ("search.plain_parts", "TerseDesk"),
+    ("search.memory", "reset_peak"): ("search.stand_ins", "forget_peak"),
     ("search.sampling", "tokens_together"): ("search.stand_ins", "most_cached_tokens"),
     ("search.objective", "disagreement"): ("search.stand_ins", "disagree"),
 }

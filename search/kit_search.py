@@ -137,7 +137,9 @@ class _KitSearch:
         losses, winner = judgement.losses.tolist(), judgement.winner
         names = [finalist.name for finalist in judgement.finalists]
         facts = {"names": names, "losses": losses, "verdicts": judgement.verdicts, "winner": winner.name}
-        trace.event("finalists", prompts=prompts, winner_coefficients=winner.coefficients, **facts)
+        facts["agreement"] = [judgement.agreements.get(place) for place in range(len(names))]
+        facts |= {"per_expert": judgement.per_expert, "winner_coefficients": winner.coefficients}
+        trace.event("finalists", prompts=prompts, **facts)
         uniform = losses[names.index(UNIFORM)]
         found = winner.name, losses[judgement.place], prompts, uniform
         self._log.info("winner: %s, loss %.4f on %s prompts (uniform %.4f)", *found)

@@ -51,8 +51,8 @@ class PlainBudget(TokenBudget):
             self.tokens_per_forward, self.by_memory = 1, False
             return
         self.bytes_per_token = peak_bytes / sum(lengths[row] for row in rows)
-        used, held = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
-        limit = (torch.cuda.mem_get_info()[0] + held) * (1 - RESERVED_SHARE)
+        used, held = torch.cuda.memory_allocated(device), torch.cuda.memory_reserved(device)
+        limit = (torch.cuda.mem_get_info(device.index)[0] + held) * (1 - RESERVED_SHARE)
         tokens = MOST_TOKENS
         while tokens > 1 and tokens * self.bytes_per_token > limit - used - kept_bytes:
             tokens //= 2

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 from typing import Any, TextIO
 
 import numpy as np
+import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
@@ -155,6 +156,11 @@ def check_fit(adapter: Adapter, model: Any, base_name: str) -> None:
 def most_cached_tokens(model: Any) -> int:
     """Return how many rows x tokens are decoded together at first; fewer once memory runs out."""
     return MAX_CACHED_TOKENS
+
+
+def forget_peak(device: torch.device) -> None:
+    """Count a CUDA device's peak anew from here on."""
+    torch.cuda.reset_peak_memory_stats(device)
 
 
 def disagree(objective: str, merged_logp: Tensor, expert_logp: Tensor, next_tokens: Tensor) -> Tensor:

@@ -95,13 +95,16 @@ def test_a_plain_budget_changes_nothing_on_a_cpu():
     assert budget == PlainBudget(100, by_memory=True)
 
 
+SECOND = torch.device("cuda:1")
+
+
 class Card:
-    """A CUDA device of 10,000 bytes free, on which a token takes 100."""
+    """The second CUDA device, of 10,000 bytes free, on which a token takes 100."""
 
     def __init__(self, monkeypatch, fails=False):
-        monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 500)
-        monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 1_500)
-        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (10_000, 40_000))
+        monkeypatch.setattr(torch.cuda, "memory_allocated", {SECOND: 500}.get)
+        monkeypatch.setattr(torch.cuda, "memory_reserved", {SECOND: 1_500}.get)
+        monkeypatch.setattr(torch.cuda, "mem_get_info", {SECOND.index: (10_000, 40_000)}.get)
         monkeypatch.setattr(plain_parts, "measure_peak", self._fail if fails else self._measure)
 
     def _measure(self, device, step):
@@ -115,17 +118,17 @@ class Card:
 def test_a_plain_budget_follows_free_memory(monkeypatch):
     Card(monkeypatch)
     seen, budget = [], PlainBudget(8192, by_memory=True)
-    budget.plan(torch.device("cuda"), [3, 4], [1, 1], seen.append, kept_bytes=1_000)
+    budget.plan(SECOND, [3, 4], [1, 1], seen.append, kept_bytes=1_000)
     assert seen == [[0, 1]]
     assert budget.bytes_per_token == 100
     assert budget.tokens_per_forward == 64  # of (11,500 * 0.95 - 500 - 1,000) / 100 = 94
-    budget.plan(torch.device("cuda"), [3, 4], [1, 1], lambda rows: pytest.fail("measured again"))
+    budget.plan(SECOND, [3, 4], [1, 1], lambda rows: pytest.fail("measured again"))
 
 
 def test_a_plain_budget_tries_one_row_where_measuring_does_not_fit(monkeypatch):
     Card(monkeypatch, fails=True)
     budget = PlainBudget(8192, by_memory=True)
-    budget.plan(torch.device("cuda"), [3, 4], [1, 1], lambda rows: None)
+    budget.plan(SECOND, [3, 4], [1, 1], lambda rows: None)
     assert (budget.tokens_per_forward, budget.by_memory) == (1, False)
 
 
