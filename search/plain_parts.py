@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from search.errors import InputError
@@ -135,6 +135,8 @@ class BlockSums(NamedTuple):
     """(n_candidates, n_experts) the objective summed over each expert's scored positions."""
     counts: FloatArray
     """(n_experts,) how many positions these are."""
+    prompts: NDArray[np.int64]
+    """(n_block_prompts,) indices of the prompts scored."""
     n_tokens: int
 
 
@@ -184,7 +186,7 @@ class PlainEvaluator(PopulationEvaluator):
         n_scored, expert, n_experts = self._n_scored[prompts], self._expert[prompts], self._prompts.n_experts
         n_tokens = len(coefficients) * sum(len(self._prompts.ids[prompt]) for prompt in prompts)
         counts = sum_by_index(n_scored, expert, n_experts).numpy()
-        return BlockSums(sum_by_index(sums, expert, n_experts).numpy(), counts, n_tokens)
+        return BlockSums(sum_by_index(sums, expert, n_experts).numpy(), counts, prompts, n_tokens)
 
     def score(self, coefficients: FloatArray) -> Any:
         """Score coefficients (n_candidates, n_groups, n_adapters) on all prompts."""

@@ -58,9 +58,9 @@ def run_in_kit(
     groups = group_modules(touched_modules(adapters), space.groups, space.layers_per_block)
     trace, library = LenientTrace(Path("output") / kit.name / "trace.jsonl"), find_library()
     logging.getLogger(__name__).info("the search is by %s", library)
-    facts = {"optimizer_library": library, "seed": settings.search.seed, "left_out": left_out}
+    named = {"base": {"id": kit.base_model_name}, "adapters": [{"name": name} for name in stacked.names]}
+    facts = {"optimizer_library": library, "seed": settings.search.seed, "left_out": left_out, **named}
     facts |= {"device": model.device.type, "dtype": str(model.dtype).removeprefix("torch.")}
-    facts["adapters"] = [{"name": name} for name in stacked.names]
     trace.write("header", schema=1, **about, config=config, groups=groups.names, **facts)
     balanced = balanced_coefficients(update_products(stacked))
     start, spread = choose_start(settings.search, balanced, groups, stacked.names, config["bundled_prior"])
