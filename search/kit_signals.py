@@ -47,11 +47,11 @@ class KitRun:
     """(n_adapters,) coefficients under which all updates are equally long."""
     has_prior: bool
     make_space: Callable[[FloatArray, FloatArray], Space]
-    """From bounds, low and high, (n_adapters,) each, to the space that is searched."""
+    """From low and high bounds (n_adapters,) to a space."""
     measure_later: Callable[[], float]
     """Measures the seconds that the caller needs after the run."""
     mix: Callable[[FloatArray], object]
-    """Merges by coefficients (n_groups, n_adapters), and leaves the model as it is."""
+    """Merges by coefficients (n_groups, n_adapters). The model stays as it is."""
 
 
 class KitSteering:

@@ -37,7 +37,7 @@ class PromptSet:
     expert: NDArray[np.int64]
     """(n_prompts,) adapter index."""
     scored: tuple[tuple[int, ...], ...]
-    """(n_prompts,) positions t whose prediction, of token t + 1, is scored."""
+    """(n_prompts,) positions t whose prediction of token t + 1 is scored."""
     texts: tuple[str, ...]
     """(n_prompts,) the same sequences as text."""
     from_skeleton: tuple[bool, ...]
