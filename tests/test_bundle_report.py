@@ -12,21 +12,12 @@ from search.config import load_config
 from search.finding import state_finding
 from search.run import run_search
 from search.submission import run_in_kit
-from search.tables import (
-    candidate_table,
-    coefficient_table,
-    expert_table,
-    finalist_table,
-    generation_table,
-    prompt_table,
-    reference_table,
-    run_table,
-    time_table,
-)
+from search.tables import run_table, time_table
 from search.trace import Trace
 from tests.bundling import QUICK
 from tests.test_figures import ALL_FIGURES
 from tests.test_merges import save_toy_zoo
+from tests.test_tables import ALL_TABLES
 
 SETTINGS = (*QUICK, "search.race_keep=0.5")
 NOT_WRITTEN = {"elapsed_s", "seconds", "share", "peak_bytes", "spread", "generations"}
@@ -68,28 +59,15 @@ def traces(folders):
     return [Trace.load(folder / "trace.jsonl") for folder in folders]
 
 
-@pytest.mark.parametrize(
-    "table",
-    [
-        candidate_table,
-        coefficient_table,
-        expert_table,
-        finalist_table,
-        generation_table,
-        prompt_table,
-        reference_table,
-    ],
-)
+@pytest.mark.parametrize("table", [table for table in ALL_TABLES if table is not time_table])
 def test_its_tables_are_those_of_a_whole_run(table, traces):
     ours, theirs = (table(trace).drop(columns=NOT_WRITTEN, errors="ignore").sort_index() for trace in traces)
     assert len(ours)
     pd.testing.assert_frame_equal(ours, theirs)
 
 
-def test_its_run_is_told_as_a_whole_run_is(traces):
-    ours, theirs = (run_table(trace).iloc[0].drop("elapsed_s") for trace in traces)
-    pd.testing.assert_series_equal(ours, theirs)
-    assert ours["ended_by"] == "evaluations"
+def test_its_end_and_its_seconds_are_told(traces):
+    assert run_table(traces[0])["ended_by"].tolist() == ["evaluations"]
     assert "not ended" not in " ".join(state_finding({"kit": traces[0]}).paragraphs)
     assert time_table(traces[0])["seconds"].sum() > 0
 
