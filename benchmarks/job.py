@@ -77,11 +77,6 @@ def split_cores(available: Sequence[int], n_jobs: int, n_cores: int) -> list[set
     return [set(cores[start : start + n_cores]) for start in range(0, n_jobs * n_cores, n_cores)]
 
 
-def run_jobs(jobs: Sequence[Job], core_sets: Sequence[set[int]], folder: Path) -> Iterator[Outcome[Job]]:
-    """Run the main job for each, as `run_pinned` does."""
-    return run_pinned(jobs, core_sets, folder, run_job)
-
-
 def run_pinned(
     jobs: Sequence[Wanted],
     core_sets: Sequence[set[int]],

@@ -11,21 +11,20 @@ done.
 
 import argparse
 import json
-import os
 import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from benchmarks.command import exit_code
-from benchmarks.environment import ROOT, code_hash, describe_machine
-from benchmarks.job import Outcome, job_environment, run_pinned, run_process, split_cores
+from benchmarks.environment import ROOT, code_hash
+from benchmarks.job import Outcome, job_environment, run_process
+from benchmarks.missing import run_missing
 from benchmarks.pieces import OPERATORS
 from benchmarks.quality import OUT
-from benchmarks.rows import PERMUTED, WEIGHED, Row, append_row, measured, read_rows
+from benchmarks.rows import PERMUTED, WEIGHED, Row, measured
 from benchmarks.zoo.sets import VARIANTS, held_in_tasks, write_config
 from search.config import config_hash, load_config
 
@@ -108,23 +107,6 @@ def was_run(identity: Row, rows: Sequence[Row]) -> bool:
     return any(all(row.get(key) == value for key, value in identity.items()) for row in measured(rows))
 
 
-def run_missing(arguments: argparse.Namespace) -> int:
-    """Run what is not recorded yet and record it; return how many runs failed."""
-    core_sets = split_cores(sorted(os.sched_getaffinity(0)), arguments.jobs, arguments.cores)
-    machine, rows, n_failed = describe_machine(), read_rows(arguments.out), 0
-    with TemporaryDirectory() as name:
-        jobs = plan_jobs(arguments, Path(name))
-        missing = [job for job in jobs if not was_run(identify(job, arguments), rows)]
-        print(f"{len(missing)} of {len(jobs)} runs to do, {len(core_sets)} at a time", file=sys.stderr)
-        for outcome in run_pinned(missing, core_sets, Path(name), run_pieces):
-            failure = {"failure": outcome.failure} if outcome.failure else {}
-            row = {**identify(outcome.job, arguments), **outcome.measures, **failure, **machine}
-            append_row(arguments.out, row)
-            print(format_row(row), flush=True)
-            n_failed += bool(failure)
-    return n_failed
-
-
 def format_row(row: Row) -> str:
     """Return a line for people: the run's shares, and those of what it is held against."""
     start = f"{row['experts']:10}{row['method']:32}{row['seed']:>3}"
@@ -163,7 +145,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run; return 0, 1 if a run failed, 2 for bad input, 130 after Ctrl-C or SIGTERM."""
     arguments = parse_arguments(argv)
-    return exit_code(lambda: 1 if run_missing(arguments) else 0)
+    make = plan_jobs, identify, run_pieces, format_row, was_run
+    return exit_code(lambda: 1 if run_missing(arguments, *make) else 0)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from torch import Tensor
 from benchmarks.bench_search_step import OBJECTIVE, StepScene
 from benchmarks.speed_scene import ALL_SEVEN
 from search.compiled import pad_to, row_sizes
-from search.experts import scored_logits
+from search.experts import TokenBudget, scored_logits
 from search.optimizer import BatchOptimizer
 from search.plain_cma import MIN_POPULATION
 
@@ -160,8 +160,8 @@ class GenerationParts:
             self.scene.passes.sums(OBJECTIVE, self._mix(batch), batch.prompts)
 
     def _mix(self, batch: Batch) -> Tensor:
-        table, tokens = self.scene.table[batch.candidates], self.forward.sizes.tokens_per_forward
-        return self.scene.passes.mixed(table, batch.prompts, tokens)
+        budget = TokenBudget(self.forward.sizes.tokens_per_forward)
+        return self.scene.passes.mixed(self.scene.table[batch.candidates], batch.prompts, budget)
 
     @cached_property
     def _optimizer(self) -> BatchOptimizer:

@@ -10,20 +10,19 @@ one is done.
 """
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from benchmarks.command import run_and_report
-from benchmarks.environment import ROOT, code_hash, describe_machine
-from benchmarks.job import Job, Outcome, run_jobs, split_cores
+from benchmarks.environment import ROOT, code_hash
+from benchmarks.job import Job, run_job
+from benchmarks.missing import run_missing
 from benchmarks.plots import draw_quality, write_svg
 from benchmarks.quality_limits import quality_limits
 from benchmarks.quality_tables import SEARCH, UNIFORM, quality_text
-from benchmarks.rows import append_row, is_done, latest_rows, measured, read_rows
+from benchmarks.rows import Row, latest_rows, measured, read_rows
 from benchmarks.sections import replace_section
 from benchmarks.zoo.sets import SETS, VARIANTS, held_in_tasks, scores_file, worthless_adapters, write_config
 from llm_merging.merging import METHODS
@@ -53,53 +52,31 @@ def plan_jobs(arguments: argparse.Namespace, folder: Path) -> list[Job]:
     return jobs
 
 
-def identify(job: Job, template: Path, cores: int) -> dict[str, Any]:
+def identify(job: Job, arguments: argparse.Namespace) -> dict[str, Any]:
     """Return what a run's line starts with: what was run, with which settings and code."""
     return {
         "benchmark": "quality",
         "method": job.method,
         "experts": job.experts,
         "seed": job.seed,
-        "config": template.name,
-        "config_sha256": config_hash(load_config(template)),
+        "config": arguments.config.name,
+        "config_sha256": config_hash(load_config(arguments.config)),
         "code_sha256": code_hash(),
-        "cores": cores,
+        "cores": arguments.cores,
+        "held_in_tasks": job.held_in,
+        "worthless": worthless_adapters(job.experts),
     }
 
 
-def run_missing(arguments: argparse.Namespace) -> int:
-    """Run what is not recorded yet and record it; return how many runs failed."""
-    core_sets = split_cores(sorted(os.sched_getaffinity(0)), arguments.jobs, arguments.cores)
-    machine, rows, n_failed = describe_machine(), read_rows(arguments.out), 0
-    with TemporaryDirectory() as name:
-        jobs = plan_jobs(arguments, Path(name))
-        identities = {job: identify(job, arguments.config, arguments.cores) for job in jobs}
-        missing = [job for job in jobs if not is_done(identities[job], rows)]
-        print(f"{len(missing)} of {len(jobs)} runs to do, {len(core_sets)} at a time", file=sys.stderr)
-        for outcome in run_jobs(missing, core_sets, Path(name)):
-            append_row(arguments.out, make_row(outcome, identities[outcome.job], machine))
-            print(format_outcome(outcome), flush=True)
-            n_failed += bool(outcome.failure)
-    return n_failed
-
-
-def make_row(outcome: Outcome[Job], identity: dict[str, Any], machine: dict[str, Any]) -> dict[str, Any]:
-    """Return the line of one run."""
-    experts = {"held_in_tasks": outcome.job.held_in, "worthless": worthless_adapters(outcome.job.experts)}
-    failure = {"failure": outcome.failure} if outcome.failure else {}
-    return {**identity, **experts, **outcome.measures, **failure, **machine}
-
-
-def format_outcome(outcome: Outcome[Job]) -> str:
+def format_row(row: Row) -> str:
     """One line for people, shares in percent."""
-    job, found = outcome.job, outcome.measures
-    start = f"{job.experts:16}{job.method:18}{job.seed:>3}"
-    if outcome.failure:
-        return f"{start}  FAILED after {found['seconds']:.0f} s: {outcome.failure.splitlines()[-1]}"
-    shares = (f"{100 * found[name]:6.1f}" for name in ("held_in_N", "worst_task", "held_out"))
+    start = f"{row['experts']:16}{row['method']:18}{row['seed']:>3}"
+    if "failure" in row:
+        return f"{start}  FAILED after {row['seconds']:.0f} s: {row['failure'].splitlines()[-1]}"
+    shares = (f"{100 * row[name]:6.1f}" for name in ("held_in_N", "worst_task", "held_out"))
     return (
-        f"{start} N, worst, held-out {' '.join(shares)} {found['seconds']:6.0f} s {found['peak_mb']:5} MB "
-        f"{found.get('evaluations', '-')} evaluations, ended by {found.get('ended_by', '-')}"
+        f"{start} N, worst, held-out {' '.join(shares)} {row['seconds']:6.0f} s {row['peak_mb']:5} MB "
+        f"{row.get('evaluations', '-')} evaluations, ended by {row.get('ended_by', '-')}"
     )
 
 
@@ -141,7 +118,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run and report; return 0, 1 if a run failed, 2 for bad input, 130 after Ctrl-C or SIGTERM."""
     arguments = parse_arguments(argv)
     return run_and_report(
-        lambda: run_missing(arguments), lambda: write_report(arguments.out), only_report=arguments.report
+        lambda: run_missing(arguments, plan_jobs, identify, run_job, format_row),
+        lambda: write_report(arguments.out),
+        only_report=arguments.report,
     )
 
 

@@ -12,24 +12,23 @@ is done.
 
 import argparse
 import json
-import os
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import yaml
 
 from benchmarks.arm import Checkpoints
 from benchmarks.command import run_and_report
-from benchmarks.environment import ROOT, code_hash, describe_machine
-from benchmarks.job import Outcome, job_environment, run_pinned, run_process, split_cores
+from benchmarks.environment import ROOT, code_hash
+from benchmarks.job import Outcome, job_environment, run_process
+from benchmarks.missing import run_missing
 from benchmarks.plots import write_svg
-from benchmarks.rows import append_row, is_done, measured, read_rows
+from benchmarks.rows import Row, measured, read_rows
 from benchmarks.sections import replace_section
 from benchmarks.study_arms import STUDIES, Arm
 from benchmarks.study_plots import draw_families
@@ -178,24 +177,7 @@ def identify(job: ArmJob, arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def run_missing(arguments: argparse.Namespace) -> int:
-    """Run what is not recorded yet and record it; return how many runs failed."""
-    core_sets = split_cores(sorted(os.sched_getaffinity(0)), arguments.jobs, arguments.cores)
-    machine, rows, n_failed = describe_machine(), read_rows(arguments.out), 0
-    with TemporaryDirectory() as name:
-        jobs = plan_jobs(arguments, Path(name))
-        missing = [job for job in jobs if not is_done(identify(job, arguments), rows)]
-        print(f"{len(missing)} of {len(jobs)} runs to do, {len(core_sets)} at a time", file=sys.stderr)
-        for outcome in run_pinned(missing, core_sets, Path(name), run_arm):
-            failure = {"failure": outcome.failure} if outcome.failure else {}
-            row = {**identify(outcome.job, arguments), **outcome.measures, **failure, **machine}
-            append_row(arguments.out, row)
-            print(format_row(row), flush=True)
-            n_failed += bool(failure)
-    return n_failed
-
-
-def format_row(row: dict[str, Any]) -> str:
+def format_row(row: Row) -> str:
     """Return a line for people."""
     start = f"{row['experts']:10}{row['method']:44}{row['seed']:>3}"
     if "failure" in row:
@@ -264,7 +246,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run and report; return 0, 1 if a run failed, 2 for bad input, 130 after Ctrl-C or SIGTERM."""
     arguments = parse_arguments(argv)
     return run_and_report(
-        lambda: run_missing(arguments), lambda: write_report(arguments.out), only_report=arguments.report
+        lambda: run_missing(arguments, plan_jobs, identify, run_arm, format_row),
+        lambda: write_report(arguments.out),
+        only_report=arguments.report,
     )
 
 

@@ -28,13 +28,7 @@ from search.export import export_merge
 from search.files import atomic_write
 from search.handing_in import hand_in
 from search.hub import keep_download_bars
-from search.options import (
-    add_bundle_options,
-    add_config_options,
-    add_merge_options,
-    add_submission_options,
-    add_verify_options,
-)
+from search.options import COMMANDS
 from search.pin import pin_config
 from search.prior_learning import learn_prior
 from search.priors import save_prior
@@ -57,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: what is half-written goes
     try:
         arguments = parse_command(argv)
-        document, code = arguments.do(arguments)
+        document, code = DONE_BY[arguments.command](arguments)
     except InputError as error:
         print("error:", " ".join(str(error).splitlines()), file=sys.stderr)
         return 2
@@ -91,107 +85,11 @@ def parse_command(argv: Sequence[str] | None) -> argparse.Namespace:
         epilog="Each command ends with one line of JSON on stdout. COMMAND --help has an example.",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-
-    def add(name: str, do: Callable[[argparse.Namespace], Outcome], help_: str, example: str) -> Any:
-        command = commands.add_parser(
-            name,
-            help=help_,
-            description=help_[0].upper() + help_[1:] + ".",
-            epilog=f"example: python -m search {example}",
-        )
-        command.set_defaults(do=do)
-        return command
-
-    _add_searches(add)
-    _add_readers(add)
-    _add_accounts(add)
+    for name, command in COMMANDS.items():
+        about = command.help[0].upper() + command.help[1:] + "."
+        example = f"example: python -m search {command.example}"
+        command.take(commands.add_parser(name, help=command.help, description=about, epilog=example))
     return parser.parse_args(argv)
-
-
-def _add_searches(add: Callable[..., Any]) -> None:
-    """The commands that take a configuration."""
-    run = add(
-        "run",
-        run_command,
-        "search for coefficients and write the merged adapter; go on where the trace in DIR ends",
-        "run configs/demo.yaml --set search.seed=1 search.time_box_s=600 --out output/seed1",
-    )
-    run.add_argument("--out", type=Path, metavar="DIR", help="default: output/search/<name of the config>")
-    doctor = add(
-        "doctor",
-        doctor_command,
-        "say what a run would do, what it costs here and what fits the time box; search nothing",
-        "doctor configs/demo.yaml",
-    )
-    for command in (run, doctor):
-        add_config_options(command)
-    pin = add(
-        "pin",
-        pin_command,
-        "ask the hub which commits a configuration's hub ids are at, and whether it has those that are given",
-        "pin configs/mistral-7b.yaml --write",
-    )
-    pin.add_argument("config", type=Path, metavar="CONFIG", help="YAML file")
-    pin.add_argument("--write", action="store_true", help="put them into the file as each `revision:`")
-    bundle = add(
-        "bundle",
-        bundle_command,
-        "write a run as one Python file for the competition's kit",
-        "bundle configs/mistral-7b.yaml -o MyMerge.py",
-    )
-    add_bundle_options(bundle)
-    resume = add(
-        "resume",
-        resume_command,
-        "go on with the run in DIR, with the configuration that it was begun with",
-        "resume output/seed1",
-    )
-    resume.add_argument("folder", type=Path, metavar="DIR", help="that holds trace.jsonl")
-
-
-def _add_readers(add: Callable[..., Any]) -> None:
-    """The commands that take what a run has written."""
-    priors = add(
-        "priors",
-        priors_command,
-        "learn a start and a spread for later searches from finished runs",
-        "priors output/seed*/trace.jsonl -o configs/priors/mine.json",
-    )
-    priors.add_argument("traces", type=Path, nargs="+", metavar="TRACE")
-    priors.add_argument("-o", dest="output", type=Path, required=True, metavar="FILE")
-    merge = add(
-        "merge",
-        merge_command,
-        "merge by recorded coefficients: one exact adapter, one of a smaller rank, or a dense model",
-        "merge output/seed1/coefficients.json -o merged --rank 64",
-    )
-    add_merge_options(merge)
-    report = add(
-        "report",
-        report_command,
-        "draw what traces hold, as one self-contained HTML file",
-        "report output/seed1/trace.jsonl -o report.html",
-    )
-    report.add_argument("traces", type=Path, nargs="+", metavar="TRACE")
-    report.add_argument("-o", dest="output", type=Path, required=True, metavar="FILE")
-
-
-def _add_accounts(add: Callable[..., Any]) -> None:
-    """The commands that hold a finished run to account."""
-    verify = add(
-        "verify",
-        verify_command,
-        "hold a finished run against its inputs: hashes, versions, the search replayed, the winner's loss",
-        "verify output/my_merge",
-    )
-    add_verify_options(verify)
-    submission = add(
-        "submission",
-        submission_command,
-        "make the folder to hand in: bundle, checked answers, trace, coefficients, and how each rule is kept",
-        "submission output/my_merge -o submission",
-    )
-    add_submission_options(submission)
 
 
 def verify_command(arguments: argparse.Namespace) -> Outcome:
@@ -294,6 +192,20 @@ def report_command(arguments: argparse.Namespace) -> Outcome:
     write_report(arguments.traces, arguments.output)
     return {"output": str(arguments.output), "traces": [str(path) for path in arguments.traces]}, 0
 
+
+DONE_BY: dict[str, Callable[[argparse.Namespace], Outcome]] = {
+    "run": run_command,
+    "doctor": doctor_command,
+    "pin": pin_command,
+    "bundle": bundle_command,
+    "resume": resume_command,
+    "priors": priors_command,
+    "merge": merge_command,
+    "report": report_command,
+    "verify": verify_command,
+    "submission": submission_command,
+}
+"""Of `COMMANDS`, by name."""
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -69,7 +69,7 @@ class Adapter:
 
     name: str
     modules: dict[str, Factors]
-    """Keyed by the base model's own module name, e.g. "model.layers.0.self_attn.q_proj"."""
+    """By the base's own module name, e.g. "model.layers.0.self_attn.q_proj"."""
     source: str
     revision: str | None
     """The commit where the hub served it, else what the caller gave."""

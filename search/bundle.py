@@ -42,8 +42,9 @@ STAND_INS: dict[Key, Key] = {
     ("search.adapters", "_check_settings"): ("search.stand_ins", "check_plain_lora"),
     ("search.adapters", "_pair_factors"): ("search.stand_ins", "pair_plain_factors"),
     ("search.adapters", "check_adapter"): ("search.stand_ins", "check_fit"),
-    ("search.experts", "TokenBudget"): ("search.plain_parts", "PlainBudget"),
+    ("search.memory", "tokens_that_fit"): ("search.stand_ins", "tokens_free"),
     ("search.prompts", "_Desk"): ("search.plain_parts", "TerseDesk"),
+    ("search.memory", "reset_peak"): ("search.stand_ins", "forget_peak"),
     ("search.sampling", "tokens_together"): ("search.stand_ins", "most_cached_tokens"),
     ("search.objective", "disagreement"): ("search.stand_ins", "disagree"),
 }

@@ -6,7 +6,6 @@ more prompts, or when to stop.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -93,22 +92,29 @@ class PopulationEvaluator:
         tokens_per_forward = scoring.tokens_per_forward or default_token_budget(model.device)
         self._budget = budget or TokenBudget(tokens_per_forward, by_memory=scoring.tokens_per_forward is None)
         self.graph_budget = replace(self._budget, bytes_per_token=None)
-        """Of tokens with a graph, chosen at the first gradient; one list of events for both."""
+        """Of tokens with a graph. Chosen at the first gradient; one list of events for both."""
         n_scored = torch.tensor([len(scored) for scored in prompts.scored])
         self._n_scored, self._expert = n_scored.double(), torch.from_numpy(prompts.expert)
         self._block_of, self.n_blocks = _assign_blocks(prompts)
         self._counts = sum_by_index(self._n_scored, self._expert, prompts.n_experts)
         self._folds = model.device.type == "cpu" and model.dtype in (torch.float32, torch.float64)
-        n_forwards = scoring.n_ahead * prompts.n_tokens / self._budget.tokens_per_forward
-        pays = compiling_pays(model, n_forwards) if scoring.compiled is None else scoring.compiled
-        compiled = pays and not self._folds
-        self._passes = Passes(model, stacked, groups, prompts, signals, compiled=compiled)
+        self._passes = self._make_passes()
         self.checkpoint: Callable[[], None] = lambda: None
-        """Called before each forward pass and each folding; may raise to abandon the work."""
-        self._passes.warm_up(self._budget)
+        """Called before each forward pass and each folding. It may raise, to abandon the work."""
         self._base_means: dict[Objective, Tensor] = {}
         self.base_per_expert: FloatArray = self._base_mean(scoring.objective).numpy()
         """(n_experts,) the base's disagreement, in the objective's own unit."""
+
+    def _make_passes(self) -> Passes:
+        """Return passes that are compiled where that pays, and warm."""
+        scoring, budget = self._scoring, self._budget
+        n_forwards = scoring.n_ahead * self._prompts.n_tokens / budget.tokens_per_forward
+        pays = compiling_pays(self._model, n_forwards) if scoring.compiled is None else scoring.compiled
+        compiled = pays and not self._folds
+        case = self._model, self._stacked, self._groups, self._prompts, self._signals
+        passes = Passes(*case, compiled=compiled)
+        passes.warm_up(budget)
+        return passes
 
     @property
     def oom_events(self) -> list[dict[str, int]]:
@@ -151,8 +157,9 @@ class PopulationEvaluator:
     def score_updates(self, updates: Mapping[str, Tensor]) -> Scores:
         """Score one merge on all prompts, given as updates (d_out, d_in) of modules: it may be no mixture."""
         sums = torch.empty(1, len(self._expert), device=self._model.device, dtype=torch.float64)
-        logits_of = partial(self._folded, folded_weights(self._model, updates.items()))
-        self._fill(sums, self._scoring.objective, range(len(self._expert)), logits_of)
+        weights, passes = folded_weights(self._model, updates.items()), self._passes
+        own = range(len(self._expert))
+        self._fill(sums, self._scoring.objective, own, lambda _, rows: passes.folded(weights, rows))
         per_expert = sum_by_index(sums, self._expert, self._prompts.n_experts).numpy()
         n_tokens, peak_bytes = self._prompts.n_tokens, _peak_bytes(self._model.device)
         return Scores(*self.combine(per_expert, self._counts.numpy()), n_tokens, peak_bytes)
@@ -241,23 +248,18 @@ class PopulationEvaluator:
     @torch.no_grad()  # not inference mode: gradients cannot flow through what a model keeps from that
     def _prompt_sums(self, objective: Objective, coefficients: FloatArray, prompts: Sequence[int]) -> Tensor:
         """Sum an objective over each prompt's scored positions: (n_candidates, n_prompts), on the CPU."""
-        model, table = self._model, torch.tensor(coefficients, dtype=torch.float64)
+        model, table, passes = self._model, torch.tensor(coefficients, dtype=torch.float64), self._passes
         sums = torch.empty(len(table), len(prompts), device=model.device, dtype=torch.float64)
         if not self._folds:
-            self._fill(sums, objective, prompts, partial(self._mixed, table))
+            budget = self._budget
+            self._fill(sums, objective, prompts, lambda rows, own: passes.mixed(table[rows], own, budget))
             return sums.cpu()
         for candidate, mixture in enumerate(table.to(model.dtype)):
             self.checkpoint()
             weights = mixed_weights(model, self._stacked, mixture, self._groups)
-            logits_of = partial(self._folded, weights)
-            self._fill(sums[candidate : candidate + 1], objective, prompts, logits_of)
+            own = sums[candidate : candidate + 1]
+            self._fill(own, objective, prompts, lambda _, rows, weights=weights: passes.folded(weights, rows))  # type: ignore[misc]
         return sums
-
-    def _mixed(self, table: Tensor, candidates: list[int], prompts: list[int]) -> Tensor:
-        return self._passes.mixed(table[candidates], prompts, self._budget.tokens_per_forward)
-
-    def _folded(self, weights: dict[str, Tensor], candidates: list[int], prompts: list[int]) -> Tensor:
-        return self._passes.folded(weights, prompts)
 
     def _fill(self, sums: Tensor, objective: Objective, prompts: Sequence[int], logits_of: _LogitsOf) -> None:
         """Compute sums (n_candidates, n_prompts); candidate c on p-th prompt is row p * n_candidates + c."""

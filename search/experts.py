@@ -20,8 +20,7 @@ from search.memory import (
     densest_rows,
     fits_in_memory,
     measure_peak,
-    pick_tokens,
-    read_memory,
+    tokens_that_fit,
 )
 from search.objective import disagreement, entropy, sum_by_index
 from search.population import population, send
@@ -45,13 +44,14 @@ class ExpertSignals:
     next_tokens: Tensor
     """(n_scored,) the token that the prompt goes on with."""
     peak_kl: NDArray[np.float64]
-    """(n_experts,) largest KL(expert || base) at a scored position of a prompt, mean over prompts, in nats.
+    """(n_experts,) nats: largest KL(expert || base) in a prompt, mean over prompts.
 
-    What there is to steer by: over positions a mean is diluted by an answer whose first token decides.
+    At scored positions. What there is to steer by: over positions a mean is diluted by an answer whose first
+    token decides.
     """
     entropy_ratio: NDArray[np.float64]
-    """(n_experts,) the expert's mean entropy over the base's, at scored positions: far below 1 where
-    an expert is at home, about 1 where it knows no better than the base."""
+    """(n_experts,) the expert's mean entropy over the base's. At scored positions: far below 1 where an
+    expert is at home, about 1 where it knows no better than the base."""
 
     def logp(self, at: Tensor) -> Tensor:
         """Return the expert's log-probabilities (n, n_vocab) at positions `at`, in float32 at least."""
@@ -67,7 +67,7 @@ class TokenBudget:
 
     tokens_per_forward: int
     oom_events: list[dict[str, int]] = field(default_factory=list)
-    """One {"tokens", "tokens_per_forward"} for each time: what did not fit, the budget from then on."""
+    """{"tokens", "tokens_per_forward"} each: what did not fit, the budget from then on."""
     by_memory: bool = False
     """Nobody asked for this number: `plan` may choose another."""
     bytes_per_token: float | None = None
@@ -99,9 +99,7 @@ class TokenBudget:
             self.tokens_per_forward, self.by_memory = 1, False
             return
         self.bytes_per_token = peak_bytes / sum(lengths[row] for row in rows)
-        if reading := read_memory(device):
-            available = reading.available - kept_bytes
-            self.tokens_per_forward = pick_tokens(available, self.bytes_per_token)
+        self.tokens_per_forward = tokens_that_fit(device, self.bytes_per_token, kept_bytes)
 
     def run(self, lengths: Sequence[int], step: Callable[[list[int]], None]) -> None:
         """Call `step` on lists of rows that cover all rows, the longest first, each list within the budget.

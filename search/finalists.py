@@ -37,8 +37,7 @@ class Finalist:
     """A merge that may become the result."""
 
     name: str
-    """"archive 1" (the search's best), "mean", "refined", "base", "uniform", "balanced", "prior" or "expert
-    NAME"."""
+    """"base", "uniform", "balanced", "prior", "expert NAME"; "archive 1" (the best), "mean", "refined"."""
     coefficients: FloatArray
     """(n_groups, n_adapters)."""
     is_reference: bool
@@ -55,7 +54,7 @@ class Judgement:
     per_expert: FloatArray
     """(n_finalists, n_experts)."""
     agreements: dict[int, FloatArray]
-    """Finalist's index -> (n_experts,) share of prompts with the expert's top answer, where it was asked."""
+    """By index: (n_experts,) share of prompts with the expert's top answer; of those that were asked."""
     verdicts: tuple[Verdict, ...]
 
     @property

@@ -47,28 +47,30 @@ class Raced:
     """(n_candidates,) to tell the optimiser."""
     per_expert: FloatArray
     """(n_candidates, n_experts) on the prompts that each candidate was scored on."""
-    rungs: list[tuple[NDArray[np.int64], FloatArray]]
-    """Candidates in each, and their losses; those of the last are scored on all prompts."""
+    rungs: list[dict[str, Any]]
+    """As `Race.rungs`: those of the last are scored on all prompts."""
     n_tokens: int
 
 
 def race(evaluator: Any, table: FloatArray, rungs: Sequence[Rung], order: NDArray[np.int64]) -> Raced:
     """Score coefficients (n_candidates, n_groups, n_adapters) on blocks in this order, survivors on more."""
-    alive, n_seen, n_tokens, counts = np.arange(len(table)), 0, 0, 0.0
+    alive, n_seen, n_prompts, n_tokens, counts = np.arange(len(table)), 0, 0, 0, 0.0
     sums = np.zeros((len(table), table.shape[2]))
     per_expert = np.full(sums.shape, np.nan)
-    scored: list[tuple[NDArray[np.int64], FloatArray]] = []
+    shown: list[dict[str, Any]] = []
     for rung in rungs:
-        if scored:
-            alive = alive[select_survivors(scored[-1][1], rung.n_candidates)]
+        if shown:
+            alive = alive[select_survivors(shown[-1]["losses"], rung.n_candidates)]
         if not len(alive):
             break
         found = evaluator.score_blocks(table[alive], order[n_seen : rung.n_blocks].tolist())
         sums[alive] += found.sums
         counts, n_tokens, n_seen = counts + found.counts, n_tokens + found.n_tokens, rung.n_blocks
         losses, per_expert[alive] = evaluator.combine(sums[alive], counts)
-        scored.append((alive, losses))
-    return Raced(rank_by_rung(len(table), scored), per_expert, scored, n_tokens)
+        n_prompts += len(found.prompts)
+        shown.append({"prompts": n_prompts, "candidates": alive, "losses": losses})
+    told = rank_by_rung(len(table), [(rung["candidates"], rung["losses"]) for rung in shown])
+    return Raced(told, per_expert, shown, n_tokens)
 
 
 def seconds_of(step: Callable[[], object]) -> float:
@@ -137,7 +139,9 @@ class _KitSearch:
         losses, winner = judgement.losses.tolist(), judgement.winner
         names = [finalist.name for finalist in judgement.finalists]
         facts = {"names": names, "losses": losses, "verdicts": judgement.verdicts, "winner": winner.name}
-        trace.event("finalists", prompts=prompts, winner_coefficients=winner.coefficients, **facts)
+        facts["agreement"] = [judgement.agreements.get(place) for place in range(len(names))]
+        facts |= {"per_expert": judgement.per_expert, "winner_coefficients": winner.coefficients}
+        trace.event("finalists", prompts=prompts, **facts)
         uniform = losses[names.index(UNIFORM)]
         found = winner.name, losses[judgement.place], prompts, uniform
         self._log.info("winner: %s, loss %.4f on %s prompts (uniform %.4f)", *found)
@@ -178,12 +182,11 @@ class _KitSearch:
         order = order_blocks(evaluator.n_blocks, settings.seed, index)
         raced = race(evaluator, self._space.to_coefficients(genomes), rungs, order)
         self._scored = self._box.elapsed_s() - started_s, raced.n_tokens
-        shown: dict[str, Any] = {"genomes": genomes, "losses": raced.losses, "per_expert": raced.per_expert}
-        shown["rungs"] = [{"candidates": who, "losses": losses} for who, losses in raced.rungs]
-        shown |= {"evaluations": (index + 1) * len(genomes), "n_tokens": raced.n_tokens}
+        shown: dict[str, Any] = {"genomes": genomes, "evaluations": (index + 1) * len(genomes)}
+        shown |= {name: getattr(raced, name) for name in ("losses", "per_expert", "rungs", "n_tokens")}
         shown |= {"elapsed_s": self._box.elapsed_s(), "seconds": self._scored[0]}
         self._run.trace.write("generation", index=index, **shown)
-        full = raced.rungs[-1][0]
+        full = raced.rungs[-1]["candidates"]
         self._archive.add(genomes[full], raced.losses[full], raced.per_expert[full])
         optimizer.tell(raced.losses)
 

@@ -17,7 +17,7 @@ from search.evaluate import PopulationEvaluator, Scoring
 from search.experts import ExpertSignals, TokenBudget, default_token_budget, expert_signals, plan_budget
 from search.finalists import SINGLE, Bounds, make_references, stack_coefficients
 from search.groups import Groups
-from search.prompts import PromptSet, write_prompts
+from search.prompts import PromptSet, describe_prompts, write_prompts
 from search.space import FloatArray, Space
 from search.stack import StackedFactors
 from search.timebox import TimeBox
@@ -47,11 +47,11 @@ class KitRun:
     """(n_adapters,) coefficients under which all updates are equally long."""
     has_prior: bool
     make_space: Callable[[FloatArray, FloatArray], Space]
-    """From bounds, low and high, (n_adapters,) each, to the space that is searched."""
+    """From low and high bounds (n_adapters,) to a space."""
     measure_later: Callable[[], float]
     """Measures the seconds that the caller needs after the run."""
     mix: Callable[[FloatArray], object]
-    """Merges by coefficients (n_groups, n_adapters), and leaves the model as it is."""
+    """Merges by coefficients (n_groups, n_adapters). The model stays as it is."""
 
 
 class KitSteering:
@@ -82,7 +82,8 @@ class KitSteering:
         request: Any = SimpleNamespace(**{**vars(settings), **told, "per_adapter": n_asked})
         prompts = write_prompts(run.model, run.tokenizer, *self._models[1:], run.skeletons, request)
         searched, unseen = prompts.split(settings.per_adapter)
-        run.trace.event("prompts", searched=searched.texts, unseen=unseen.texts)
+        shown = [describe_prompts(part, self._names) for part in (searched, unseen)]
+        run.trace.event("prompts", searched=shown[0], unseen=shown[1])
         return searched, unseen
 
     def _ask_experts(self, searched: PromptSet, unseen: PromptSet) -> ExpertSignals:
@@ -125,7 +126,8 @@ class KitSteering:
         )
         trust = weigh(evidence, weak_signal_nats, self._run.balanced)
         doubts = {name: why for name, why in zip(self._names, trust.reasons, strict=True) if why}
-        self._run.trace.event("signals", weak=doubts, low=trust.bounds.low, high=trust.bounds.high)
+        shown = {"peak_kl_nats": signals.peak_kl, "low": trust.bounds.low, "high": trust.bounds.high}
+        self._run.trace.event("signals", weak=doubts, **shown)
         if doubts:
             self._log.warning("weak signal, kept near the balanced merge: %s", doubts)
         return trust.bounds

@@ -112,6 +112,12 @@ def pick_tokens(available: float, bytes_per_token: float, most: int = MOST_TOKEN
     return largest_fit(available, lambda tokens: tokens * bytes_per_token, most)
 
 
+def tokens_that_fit(device: torch.device, bytes_per_token: float, kept_bytes: int) -> int:
+    """Return how many tokens go into one forward on a CUDA device, beside what is there and is to be kept."""
+    reading = read_memory(device)
+    return pick_tokens(reading.available - kept_bytes if reading else 0, bytes_per_token)
+
+
 def densest_rows(lengths: Sequence[int], n_scored: Sequence[int], n_tokens: int) -> list[int]:
     """Return rows of at most `n_tokens` together, one at least: those with most scored positions a token.
 

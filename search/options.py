@@ -1,12 +1,23 @@
-"""The options of those commands of `python -m search` that have several, or share them.
+"""The commands of `python -m search`: their names, words of help, examples and options.
 
 Knows argparse; not what a command does.
 """
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 from search.bundle import QUERIES_AHEAD
+
+
+class Command(NamedTuple):
+    """A command, as its help shows it."""
+
+    help: str
+    example: str
+    take: Callable[[argparse.ArgumentParser], None]
+    """Adds its options."""
 
 
 def add_config_options(command: argparse.ArgumentParser) -> None:
@@ -21,6 +32,31 @@ def add_config_options(command: argparse.ArgumentParser) -> None:
         metavar="section.key=value",
         help="settings that replace the file's",
     )
+
+
+def add_run_options(command: argparse.ArgumentParser) -> None:
+    """Take what is run, and where it is written."""
+    command.add_argument(
+        "--out", type=Path, metavar="DIR", help="default: output/search/<name of the config>"
+    )
+    add_config_options(command)
+
+
+def add_pin_options(command: argparse.ArgumentParser) -> None:
+    """Take a configuration, and whether it is changed."""
+    command.add_argument("config", type=Path, metavar="CONFIG", help="YAML file")
+    command.add_argument("--write", action="store_true", help="put them into the file as each `revision:`")
+
+
+def add_resume_options(command: argparse.ArgumentParser) -> None:
+    """Take a run's folder."""
+    command.add_argument("folder", type=Path, metavar="DIR", help="that holds trace.jsonl")
+
+
+def add_trace_options(command: argparse.ArgumentParser) -> None:
+    """Take traces, and what is made of them."""
+    command.add_argument("traces", type=Path, nargs="+", metavar="TRACE")
+    command.add_argument("-o", dest="output", type=Path, required=True, metavar="FILE")
 
 
 def add_bundle_options(command: argparse.ArgumentParser) -> None:
@@ -64,3 +100,58 @@ def _add_queries_ahead(command: argparse.ArgumentParser) -> None:
         metavar="N",
         help="queries that time is left for, answered one at a time after the merge; default: %(default)s",
     )
+
+
+COMMANDS = {
+    "run": Command(
+        "search for coefficients and write the merged adapter; go on where the trace in DIR ends",
+        "run configs/demo.yaml --set search.seed=1 search.time_box_s=600 --out output/seed1",
+        add_run_options,
+    ),
+    "doctor": Command(
+        "say what a run would do, what it costs here and what fits the time box; search nothing",
+        "doctor configs/demo.yaml",
+        add_config_options,
+    ),
+    "pin": Command(
+        "ask the hub which commits a configuration's hub ids are at, and whether it has those that are given",
+        "pin configs/mistral-7b.yaml --write",
+        add_pin_options,
+    ),
+    "bundle": Command(
+        "write a run as one Python file for the competition's kit",
+        "bundle configs/mistral-7b.yaml -o MyMerge.py",
+        add_bundle_options,
+    ),
+    "resume": Command(
+        "go on with the run in DIR, with the configuration that it was begun with",
+        "resume output/seed1",
+        add_resume_options,
+    ),
+    "priors": Command(
+        "learn a start and a spread for later searches from finished runs",
+        "priors output/seed*/trace.jsonl -o configs/priors/mine.json",
+        add_trace_options,
+    ),
+    "merge": Command(
+        "merge by recorded coefficients: one exact adapter, one of a smaller rank, or a dense model",
+        "merge output/seed1/coefficients.json -o merged --rank 64",
+        add_merge_options,
+    ),
+    "report": Command(
+        "draw what traces hold, as one self-contained HTML file",
+        "report output/seed1/trace.jsonl -o report.html",
+        add_trace_options,
+    ),
+    "verify": Command(
+        "hold a finished run against its inputs: hashes, versions, the search replayed, the winner's loss",
+        "verify output/my_merge",
+        add_verify_options,
+    ),
+    "submission": Command(
+        "make the folder to hand in: bundle, checked answers, trace, coefficients, and how each rule is kept",
+        "submission output/my_merge -o submission",
+        add_submission_options,
+    ),
+}
+"""By name, in the order in which help lists them."""

@@ -51,19 +51,19 @@ class Passes:
         self._n_scored = torch.tensor([len(scored) for scored in prompts.scored])
         self._first = self._n_scored.cumsum(0) - self._n_scored  # position of each prompt among the signals'
 
-    def mixed(self, table: Tensor, rows: Sequence[int], tokens_per_forward: int | None = None) -> Tensor:
+    def mixed(self, table: Tensor, rows: Sequence[int], budget: TokenBudget | None = None) -> Tensor:
         """Return logits (n_scored, n_vocab) of prompts `rows`, each under its own mixture, row after row.
 
         Args:
             table: (n_rows, n_groups, n_adapters).
-            tokens_per_forward: what `row_sizes` pad compiled passes to follow from; None pads no rows.
+            budget: what `row_sizes` pad compiled passes to follow from; None pads no rows.
         """
         self._keep_pace()
         if self._layers is None:
             with self._mixtures.active(table):
                 return scored_logits(self._model, self._prompts, rows)
         width = max(self.lengths[row] for row in rows)
-        n_rows = pad_to(len(rows), row_sizes(width, tokens_per_forward) if tokens_per_forward else [])
+        n_rows = pad_to(len(rows), row_sizes(width, budget.tokens_per_forward) if budget else [])
         if n_rows > len(rows):
             table = torch.cat([table, table.new_zeros(n_rows - len(rows), *table.shape[1:])])
         with self._mixtures.active(table), self._layers.active():

@@ -6,57 +6,25 @@ nowhere. What is left out neither changes what the methods return nor is asked f
 
 import logging
 from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import replace
-from functools import partial
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from search.errors import InputError
-from search.evaluate import PopulationEvaluator, Scoring, _assign_blocks
-from search.experts import AT_ONCE, ExpertSignals, TokenBudget, default_token_budget, scored_logits
+from search.evaluate import PopulationEvaluator
+from search.experts import AT_ONCE, ExpertSignals, TokenBudget, scored_logits
 from search.groups import Groups
-from search.memory import MEASURED_TOKENS, MOST_TOKENS, RESERVED_SHARE, densest_rows, measure_peak
 from search.objective import Objective, sum_by_index
 from search.passes import Passes, position_values
-from search.population import MixedLinear, Mixtures, mixed_weights
+from search.population import MixedLinear, Mixtures
 from search.prompts import PromptSet, _Desk
 from search.space import FloatArray
 from search.stack import StackedFactors, mix_hidden
-
-
-class PlainBudget(TokenBudget):
-    """A budget that follows from what a CUDA device has free, without a word on how it is shared."""
-
-    def plan(
-        self,
-        device: torch.device,
-        lengths: Sequence[int],
-        n_scored: Sequence[int],
-        step: Callable[[list[int]], None],
-        kept_bytes: int = 0,
-    ) -> None:
-        """Choose by the free memory of a CUDA device and what one small step takes of it, once."""
-        if not self.by_memory or self.bytes_per_token is not None or device.type != "cuda":
-            return
-        rows = densest_rows(lengths, n_scored, MEASURED_TOKENS)
-        try:
-            peak_bytes = measure_peak(device, lambda: step(rows))
-        except torch.cuda.OutOfMemoryError:  # some rows did not fit: one is tried when its turn comes
-            self.tokens_per_forward, self.by_memory = 1, False
-            return
-        self.bytes_per_token = peak_bytes / sum(lengths[row] for row in rows)
-        used, held = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
-        limit = (torch.cuda.mem_get_info()[0] + held) * (1 - RESERVED_SHARE)
-        tokens = MOST_TOKENS
-        while tokens > 1 and tokens * self.bytes_per_token > limit - used - kept_bytes:
-            tokens //= 2
-        self.tokens_per_forward = tokens
 
 
 class TerseDesk(_Desk):
@@ -108,14 +76,11 @@ class PlainPasses(Passes):
         self._n_scored = torch.tensor([len(scored) for scored in prompts.scored])
         self._first = self._n_scored.cumsum(0) - self._n_scored
 
-    def mixed(self, table: Tensor, rows: Sequence[int], tokens_per_forward: int | None = None) -> Tensor:
+    def mixed(self, table: Tensor, rows: Sequence[int], budget: TokenBudget | None = None) -> Tensor:
         """Return logits (n_scored, n_vocab) of prompts `rows`, each under its own mixture of `table`."""
         self._keep_pace()
         with self._mixtures.active(table):
             return scored_logits(self._model, self._prompts, rows)
-
-    def warm_up(self, budget: TokenBudget) -> None:
-        """Nothing is compiled."""
 
     def _values(self, objective: Objective, logits: Tensor, at: Tensor) -> Tensor:
         """Return what an objective says at each scored position: (n_scored,); some at a time."""
@@ -135,6 +100,8 @@ class BlockSums(NamedTuple):
     """(n_candidates, n_experts) the objective summed over each expert's scored positions."""
     counts: FloatArray
     """(n_experts,) how many positions these are."""
+    prompts: NDArray[np.int64]
+    """(n_block_prompts,) indices of the prompts scored."""
     n_tokens: int
 
 
@@ -150,32 +117,9 @@ class Losses(NamedTuple):
 class PlainEvaluator(PopulationEvaluator):
     """An evaluator that never compiles, and does not say how much memory was in use."""
 
-    def __init__(  # noqa: PLR0913 (as the class that it stands in for)
-        self,
-        model: Any,
-        stacked: StackedFactors,
-        groups: Groups,
-        prompts: PromptSet,
-        signals: ExpertSignals,
-        scoring: Scoring,
-        budget: TokenBudget | None = None,
-    ) -> None:
-        """Score the base, at one candidate's cost."""
-        self._model, self._stacked, self._groups = model, stacked, groups
-        self._prompts, self._signals, self._scoring = prompts, signals, scoring
-        self._budget = budget or TokenBudget(default_token_budget(model.device))
-        self.graph_budget = replace(self._budget, bytes_per_token=None)
-        """Of tokens with a graph, chosen at the first gradient."""
-        n_scored = torch.tensor([len(scored) for scored in prompts.scored])
-        self._n_scored, self._expert = n_scored.double(), torch.from_numpy(prompts.expert)
-        self._block_of, self.n_blocks = _assign_blocks(prompts)
-        self._counts = sum_by_index(self._n_scored, self._expert, prompts.n_experts)
-        self._folds = model.device.type == "cpu" and model.dtype in (torch.float32, torch.float64)
-        self._passes = Passes(model, stacked, groups, prompts, signals)
-        self.checkpoint: Callable[[], None] = lambda: None
-        """Called before each forward pass and each folding; may raise to abandon the work."""
-        self._base_means: dict[Objective, Tensor] = {}
-        self.base_per_expert = self._base_mean(scoring.objective).numpy()
+    def _make_passes(self) -> Passes:
+        """Return passes."""
+        return Passes(self._model, self._stacked, self._groups, self._prompts, self._signals)
 
     def score_blocks(self, coefficients: FloatArray, blocks: ArrayLike) -> Any:
         """Score coefficients (n_candidates, n_groups, n_adapters) on some blocks, whose sums add up."""
@@ -184,7 +128,7 @@ class PlainEvaluator(PopulationEvaluator):
         n_scored, expert, n_experts = self._n_scored[prompts], self._expert[prompts], self._prompts.n_experts
         n_tokens = len(coefficients) * sum(len(self._prompts.ids[prompt]) for prompt in prompts)
         counts = sum_by_index(n_scored, expert, n_experts).numpy()
-        return BlockSums(sum_by_index(sums, expert, n_experts).numpy(), counts, n_tokens)
+        return BlockSums(sum_by_index(sums, expert, n_experts).numpy(), counts, prompts, n_tokens)
 
     def score(self, coefficients: FloatArray) -> Any:
         """Score coefficients (n_candidates, n_groups, n_adapters) on all prompts."""
@@ -198,19 +142,3 @@ class PlainEvaluator(PopulationEvaluator):
         logits = self._passes.mixed(mixture.expand(len(prompts), -1, -1), prompts)
         sums = self._passes.sums(objective, logits, prompts)
         return sum_by_index(sums, self._expert[prompts], self._prompts.n_experts)
-
-    @torch.no_grad()
-    def _prompt_sums(self, objective: Objective, coefficients: FloatArray, prompts: Sequence[int]) -> Tensor:
-        """Sum an objective over each prompt's scored positions: (n_candidates, n_prompts), on the CPU."""
-        model, table, passes = self._model, torch.tensor(coefficients, dtype=torch.float64), self._passes
-        sums = torch.empty(len(table), len(prompts), device=model.device, dtype=torch.float64)
-        if not self._folds:
-            self._fill(sums, objective, prompts, lambda rows, own: passes.mixed(table[rows], own))
-            return sums.cpu()
-        for candidate, mixture in enumerate(table.to(model.dtype)):
-            self.checkpoint()
-            weights = mixed_weights(model, self._stacked, mixture, self._groups)
-            logits_of = partial(scored_logits, model, self._prompts, weights=weights)
-            own = sums[candidate : candidate + 1]
-            self._fill(own, objective, prompts, lambda _, rows, of=logits_of: of(rows))  # type: ignore[misc]
-        return sums

@@ -144,7 +144,7 @@ class MixedLinear(nn.Module):
         """The layer's product can be added to the mixture's, which is the smaller one: their sum is rounded
         once and only the small part twice, so that in bfloat16 a mixture costs next to no accuracy."""
         self.coefficients = torch.empty(0, 0)
-        """(n_rows, n_adapters), on the stack's device, in float32 at least: set for each pass."""
+        """(n_rows, n_adapters), on the stack's device, float32 at least. Set for each pass."""
         self.idle = False
         """All are zero, so that an uncompiled pass may skip the product."""
 

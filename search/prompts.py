@@ -37,7 +37,7 @@ class PromptSet:
     expert: NDArray[np.int64]
     """(n_prompts,) adapter index."""
     scored: tuple[tuple[int, ...], ...]
-    """(n_prompts,) positions t whose prediction, of token t + 1, is scored."""
+    """(n_prompts,) positions t whose prediction of token t + 1 is scored."""
     texts: tuple[str, ...]
     """(n_prompts,) the same sequences as text."""
     from_skeleton: tuple[bool, ...]
@@ -88,18 +88,10 @@ class PromptSet:
 
 def describe_prompts(prompts: PromptSet, names: Sequence[str]) -> list[dict[str, object]]:
     """Return what the trace says of each prompt; `names` (n_experts,) are the adapters'."""
-    rows = zip(
-        prompts.expert.tolist(),
-        prompts.texts,
-        prompts.ids,
-        prompts.scored,
-        prompts.from_skeleton,
-        strict=True,
-    )
-    return [
-        {"expert": names[expert], "text": text, "ids": ids, "scored": scored, "from_skeleton": from_skeleton}
-        for expert, text, ids, scored, from_skeleton in rows
-    ]
+    own = [names[expert] for expert in prompts.expert.tolist()]
+    rows = zip(own, prompts.texts, prompts.ids, prompts.scored, prompts.from_skeleton, strict=True)
+    fields = "expert", "text", "ids", "scored", "from_skeleton"
+    return [dict(zip(fields, row, strict=True)) for row in rows]
 
 
 def read_prompts(event: Mapping[str, Any], names: Sequence[str]) -> tuple[PromptSet, PromptSet]:

@@ -19,7 +19,7 @@ OPTIONAL = ("refine", "finalists", "later stages")
 REFINE_SHARE = 0.5
 """Of the time that is left for search and refinement, the most that is kept for the latter."""
 FINALISTS_SHARE = 0.25
-"""Of the time that is left after all else, the most that is kept for finalists beyond the few."""
+"""Of the time left after all else, the most that is kept for finalists beyond the few."""
 AGAIN_SHARE, AGAIN_GENERATIONS = 0.15, 3
 """What is left of the search, as a share of it and in generations, when all is measured again."""
 MEASURING_SHARE = 0.1

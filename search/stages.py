@@ -16,7 +16,7 @@ from search.space import FloatArray, Space
 from search.trace import TraceWriter
 
 SAME = 1e-9
-"""Coefficients closer than this are one candidate, put into a later stage's first generation again."""
+"""Closer coefficients are one candidate, put into a later stage's first generation again."""
 LEAST_SPREAD = 0.5
 """Of the first spread: a coarse search has not tried the finer directions, so says little of them."""
 

@@ -14,12 +14,14 @@ from types import SimpleNamespace
 from typing import Any, TextIO
 
 import numpy as np
+import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
 from search.adapters import _BASE_EDITING_INITS, Adapter, Factors, _setting, linear_widths
 from search.errors import InputError
 from search.groups import GroupKind, Groups
+from search.memory import MOST_TOKENS, RESERVED_SHARE
 from search.objective import OBJECTIVES
 from search.sampling import MAX_CACHED_TOKENS
 from search.skeleton import Skeleton
@@ -155,6 +157,20 @@ def check_fit(adapter: Adapter, model: Any, base_name: str) -> None:
 def most_cached_tokens(model: Any) -> int:
     """Return how many rows x tokens are decoded together at first; fewer once memory runs out."""
     return MAX_CACHED_TOKENS
+
+
+def tokens_free(device: torch.device, bytes_per_token: float, kept_bytes: int) -> int:
+    """Return how many tokens go into one forward on a CUDA device, beside what is there and is to be kept."""
+    used, held = torch.cuda.memory_allocated(device), torch.cuda.memory_reserved(device)
+    limit, tokens = (torch.cuda.mem_get_info(device.index)[0] + held) * (1 - RESERVED_SHARE), MOST_TOKENS
+    while tokens > 1 and tokens * bytes_per_token > limit - used - kept_bytes:
+        tokens //= 2
+    return tokens
+
+
+def forget_peak(device: torch.device) -> None:
+    """Count a CUDA device's peak anew from here on."""
+    torch.cuda.reset_peak_memory_stats(device)
 
 
 def disagree(objective: str, merged_logp: Tensor, expert_logp: Tensor, next_tokens: Tensor) -> Tensor:

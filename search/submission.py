@@ -58,7 +58,9 @@ def run_in_kit(
     groups = group_modules(touched_modules(adapters), space.groups, space.layers_per_block)
     trace, library = LenientTrace(Path("output") / kit.name / "trace.jsonl"), find_library()
     logging.getLogger(__name__).info("the search is by %s", library)
-    facts = {"optimizer_library": library, "adapters": stacked.names, "left_out": left_out}
+    named = {"base": {"id": kit.base_model_name}, "adapters": [{"name": name} for name in stacked.names]}
+    facts = {"optimizer_library": library, "seed": settings.search.seed, "left_out": left_out, **named}
+    facts |= {"device": model.device.type, "dtype": str(model.dtype).removeprefix("torch.")}
     trace.write("header", schema=1, **about, config=config, groups=groups.names, **facts)
     balanced = balanced_coefficients(update_products(stacked))
     start, spread = choose_start(settings.search, balanced, groups, stacked.names, config["bundled_prior"])
@@ -101,7 +103,9 @@ def ready_base(model: Any, device: str) -> Any:
     place, dtype = torch.device(device), torch.float32
     if place.type == "cuda":
         dtype = torch.bfloat16 if torch.cuda.get_device_capability(place) >= (8, 0) else torch.float16
-    return model.to(place, dtype).eval().requires_grad_(False)
+    for parameter in model.parameters():  # buffers keep their type: bfloat16 would round positions
+        parameter.data = parameter.data.to(dtype)
+    return model.to(place).eval().requires_grad_(False)
 
 
 def ready_tokenizer(kit: Any) -> Any:

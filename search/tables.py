@@ -40,7 +40,7 @@ def run_table(trace: Trace) -> pd.DataFrame:
         "evaluations": trace.generations[-1].evaluations if trace.generations else 0,
         "n_tokens": sum(generation.n_tokens for generation in trace.generations),
         "elapsed_s": elapsed_s(trace),
-        "ended_by": (ending_event(trace, "merged") or ending_event(trace, "search_ended")).get("ended_by"),
+        "ended_by": (ending_event(trace, "search_ended") | ending_event(trace, "merged")).get("ended_by"),
         "winner": finalists.get("winner"),
         "loss": finalist_table(trace)["loss"].get(finalists.get("winner"), np.nan),
         "prompts": finalists.get("prompts"),

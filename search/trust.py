@@ -16,9 +16,9 @@ from search.space import FloatArray
 SURE = 0.1
 """Doubt up to which coefficients are free."""
 UNOWNED = 0.05
-"""Another expert that is nearer than this to an expert, on that one's prompts, answers them as well."""
+"""Another expert nearer than this to an expert, on that one's prompts, answers them as well."""
 HELD = 0.9
-"""Where nothing is known, a coefficient stays within this factor of the balanced merge's, and its inverse."""
+"""Where nothing is known a coefficient stays within this factor and its inverse of the balanced merge's."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -34,8 +34,8 @@ class Evidence:
     from_skeleton: NDArray[np.bool_]
     """(n_adapters,) whether any prompt is from a skeleton; free text need not look like the task."""
     rivals: FloatArray
-    """(n_adapters, n_adapters) disagreement of expert j alone (row) on the prompts of i (column), over the
-    base's: near 0, j answers them as i does, and i's coefficient can fall to 0 without a loss."""
+    """(n_adapters, n_adapters) disagreement of expert j (row) on prompts of i (column), over the base's.
+    Near 0, j answers them as i does, and i's coefficient can fall to 0 without a loss."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

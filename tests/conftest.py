@@ -82,6 +82,16 @@ def tiny_zoo(tmp_path_factory: pytest.TempPathFactory) -> "Build":
     return build
 
 
+@pytest.fixture(scope="session")
+def finished_work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a finished run of the main job, answers included; the session shares it: copy it."""
+    from tests.verifying import make_work, run_job
+
+    folder = make_work(tmp_path_factory.mktemp("work") / "here")
+    assert run_job(folder) == 0
+    return folder
+
+
 def _save_all(architecture: str, folder: Path) -> list[Path]:
     from tests.toys import mixed_recipes, save_adapter
 

@@ -22,16 +22,9 @@ from search.errors import InputError
 from search.priors import load_prior, save_prior
 from search.run import run_search
 from search.trace import Trace
+from tests.bundling import QUICK, ROOT, make_kit, run_in
 from tests.test_merges import save_toy_zoo
 
-ROOT = Path(__file__).parents[1]
-QUICK = (
-    "device=cpu",
-    *("prompts.per_adapter=2", "prompts.unseen_per_adapter=2", "prompts.max_new_tokens=8"),
-    *("search.max_evaluations=24", "search.n_candidates=8", "search.n_finalists=3"),
-    *("objective.weak_signal_nats=100", "search.gradient.refine_steps=2", "search.space=layer"),
-)
-"""All adapters are near the balanced merge: no single expert wins, something that was found does."""
 PINNED = ("transformers==4.47.1", "peft==0.10.0", "numpy==1.26.4", "safetensors==0.4.5", "accelerate==1.0.1")
 PINNED_TORCH = "torch==2.2.2"
 PINNED_TOO = ("tokenizers==0.21.0", "huggingface_hub==0.27.1")
@@ -51,9 +44,6 @@ method.merge()
 json.dump(method.coefficients.tolist(), open("found.json", "w"))
 assert not method.base_model.training
 """
-QUERIES = (
-    "id,input,eval_type,answer_choices\n1,Say it,generation,\n2,Which,multiple_choice,\"['a', 'b c']\"\n"
-)
 
 
 @pytest.fixture(scope="module")
@@ -64,27 +54,6 @@ def zoo(tmp_path_factory):
 @pytest.fixture(scope="module")
 def text(zoo):
     return write_bundle(load_config(zoo, QUICK), queries_ahead=2)
-
-
-def make_kit(folder, zoo, text, empty=None):
-    """Copy the kit with the toy zoo's models in its constants and the bundle dropped in."""
-    shutil.copytree(ROOT / "tests/kit", folder, ignore=shutil.ignore_patterns("__pycache__"))
-    adapters = [[str(path), None] for path in sorted((zoo.parent / "adapters").iterdir())]
-    models = {"base": [str(zoo.parent / "base"), None], "adapters": adapters, "empty": empty}
-    (folder / "models.json").write_text(json.dumps(models))
-    (folder / "llm_merging/merging/MyMerge.py").write_text(text)
-    (folder / "data").mkdir()
-    (folder / "data/test.csv").write_text(QUERIES)
-    return folder
-
-
-def run_in(kit, *arguments, python=sys.executable):
-    kept = {key: os.environ[key] for key in ("PATH", "HOME", "LD_LIBRARY_PATH") if key in os.environ}
-    environment = {**kept, "PYTHONPATH": ".", "HF_AUTH_TOKEN": "none", "HF_HUB_OFFLINE": "1"}
-    environment["OMP_NUM_THREADS"] = "1"
-    return subprocess.run(
-        [python, *arguments], cwd=kit, env=environment, capture_output=True, text=True, timeout=300
-    )
 
 
 def report(missing=()):

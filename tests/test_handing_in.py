@@ -14,18 +14,10 @@ from tests.test_verify import change_answers, cut_after
 from tests.verifying import RUN, copy_work, edit_json, edit_line, make_work, run_job
 
 
-@pytest.fixture(scope="module")
-def work(tmp_path_factory):
-    """A folder with a finished run, answers included; leave it as it is."""
-    folder = make_work(tmp_path_factory.mktemp("work") / "here")
-    assert run_job(folder) == 0
-    return folder
-
-
 @pytest.fixture
-def run(work, tmp_path):
-    """A copy of all of it; the run's folder."""
-    return copy_work(work, tmp_path / "there")
+def run(finished_work, tmp_path):
+    """A copy of a finished run; its folder."""
+    return copy_work(finished_work, tmp_path / "there")
 
 
 @pytest.fixture

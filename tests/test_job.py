@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import job as job_module
-from benchmarks.job import Job, run_jobs, score_answers, search_facts, split_cores
+from benchmarks.job import Job, run_job, run_pinned, score_answers, search_facts, split_cores
 from search.errors import InputError
 from tests.traces import tiny_trace
 
@@ -55,14 +55,14 @@ def test_cores_are_split_without_overlap_or_refused():
 def test_a_run_is_pinned_with_a_thread_a_core_and_without_a_gpu(root):
     core = min(os.sched_getaffinity(0))
     before = os.sched_getaffinity(0)
-    (outcome,) = run_jobs([make_job(root, 0)], [{core}], root)
+    (outcome,) = run_pinned([make_job(root, 0)], [{core}], root, run_job)
     assert outcome.measures["evaluations"] == 1
     assert outcome.measures["winner"] == ["1", "1", ""]
     assert os.sched_getaffinity(0) == before
 
 
 def test_a_run_is_scored_on_the_tasks_of_its_experts_and_leaves_nothing(root):
-    (outcome,) = run_jobs([make_job(root, 0)], [os.sched_getaffinity(0)], root)
+    (outcome,) = run_pinned([make_job(root, 0)], [os.sched_getaffinity(0)], root, run_job)
     assert not outcome.failure
     expected = {"held_in_N": 0.75, "held_in_R": 0.75, "worst_task": 0.5, "worst_name": "sum", "held_out": 1.0}
     assert {name: outcome.measures[name] for name in expected} == expected
@@ -73,7 +73,9 @@ def test_a_run_is_scored_on_the_tasks_of_its_experts_and_leaves_nothing(root):
 
 
 def test_a_run_that_fails_is_told_with_the_end_of_its_log_and_the_others_go_on(root):
-    outcomes = list(run_jobs([make_job(root, 13), make_job(root, 1)], [os.sched_getaffinity(0)], root))
+    outcomes = list(
+        run_pinned([make_job(root, 13), make_job(root, 1)], [os.sched_getaffinity(0)], root, run_job)
+    )
     failed = {outcome.job.seed: outcome.failure for outcome in outcomes}
     assert "exited with 1: error: no luck" in failed[13]
     assert failed[1] == ""
@@ -81,7 +83,7 @@ def test_a_run_that_fails_is_told_with_the_end_of_its_log_and_the_others_go_on(r
 
 def test_answers_that_do_not_fit_the_targets_are_a_failure(root):
     (root / "llm_merging/main.py").write_text(FAKE_MAIN.replace("id,prediction", "id,answer"))
-    (outcome,) = run_jobs([make_job(root, 0)], [os.sched_getaffinity(0)], root)
+    (outcome,) = run_pinned([make_job(root, 0)], [os.sched_getaffinity(0)], root, run_job)
     assert "no column 'prediction'" in outcome.failure
 
 

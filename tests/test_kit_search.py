@@ -51,7 +51,9 @@ def test_a_race_is_the_race_of_a_whole_run(keep, n_candidates):
     np.testing.assert_array_equal(ours.losses, whole.losses())
     np.testing.assert_array_equal(ours.per_expert, whole.per_expert)
     assert ours.n_tokens == whole.n_tokens
-    assert [rung[0].tolist() for rung in ours.rungs] == [rung["candidates"] for rung in whole.rungs]
+    for one, other in zip(ours.rungs, whole.rungs, strict=True):
+        assert (one["prompts"], one["candidates"].tolist()) == (other["prompts"], other["candidates"])
+        np.testing.assert_array_equal(one["losses"], other["losses"])
 
 
 def test_a_race_without_a_finite_loss_ends():

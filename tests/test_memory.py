@@ -166,7 +166,7 @@ def pretend(monkeypatch):
 
         monkeypatch.setattr("search.experts.measure_peak", measure)
         free = int(available / 0.95)
-        monkeypatch.setattr("search.experts.read_memory", lambda device: Reading(free, free, 0, 0))
+        monkeypatch.setattr("search.memory.read_memory", lambda device: Reading(free, free, 0, 0))
         return asked
 
     return make

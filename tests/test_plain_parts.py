@@ -11,7 +11,7 @@ from search import plain_parts, population
 from search.errors import InputError
 from search.evaluate import PopulationEvaluator, Scoring
 from search.experts import TokenBudget, expert_signals
-from search.plain_parts import PlainBudget, PlainEvaluator, PlainLinear, PlainPasses, TerseDesk
+from search.plain_parts import PlainEvaluator, PlainLinear, PlainPasses, TerseDesk
 from search.prompts import _Desk
 from tests.test_experts import make_prompts, stack
 from tests.toys import make_model
@@ -87,46 +87,6 @@ def test_a_plain_layer_mixes_as_the_whole_one(architecture, toy_model, toy_adapt
         with torch.no_grad(), population.population(toy_model(architecture), stacked, table, groups) as model:
             found.append(model(ids).logits)
     assert torch.equal(*found)
-
-
-def test_a_plain_budget_changes_nothing_on_a_cpu():
-    budget = PlainBudget(100, by_memory=True)
-    budget.plan(torch.device("cpu"), [3, 4], [1, 1], lambda rows: pytest.fail("measured"))
-    assert budget == PlainBudget(100, by_memory=True)
-
-
-class Card:
-    """A CUDA device of 10,000 bytes free, on which a token takes 100."""
-
-    def __init__(self, monkeypatch, fails=False):
-        monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 500)
-        monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 1_500)
-        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (10_000, 40_000))
-        monkeypatch.setattr(plain_parts, "measure_peak", self._fail if fails else self._measure)
-
-    def _measure(self, device, step):
-        step()
-        return 700
-
-    def _fail(self, device, step):
-        raise torch.cuda.OutOfMemoryError
-
-
-def test_a_plain_budget_follows_free_memory(monkeypatch):
-    Card(monkeypatch)
-    seen, budget = [], PlainBudget(8192, by_memory=True)
-    budget.plan(torch.device("cuda"), [3, 4], [1, 1], seen.append, kept_bytes=1_000)
-    assert seen == [[0, 1]]
-    assert budget.bytes_per_token == 100
-    assert budget.tokens_per_forward == 64  # of (11,500 * 0.95 - 500 - 1,000) / 100 = 94
-    budget.plan(torch.device("cuda"), [3, 4], [1, 1], lambda rows: pytest.fail("measured again"))
-
-
-def test_a_plain_budget_tries_one_row_where_measuring_does_not_fit(monkeypatch):
-    Card(monkeypatch, fails=True)
-    budget = PlainBudget(8192, by_memory=True)
-    budget.plan(torch.device("cuda"), [3, 4], [1, 1], lambda rows: None)
-    assert (budget.tokens_per_forward, budget.by_memory) == (1, False)
 
 
 @pytest.mark.parametrize(("n_kept", "message"), [(0, "other skeletons"), (1, "other skeletons")])

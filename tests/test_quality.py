@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import quality
+from benchmarks import missing, quality
 from benchmarks.job import Outcome
 from benchmarks.quality import SEEDED, main, parse_arguments, plan_jobs
 from benchmarks.rows import read_rows
@@ -28,14 +28,14 @@ def asked(monkeypatch):
     """Lists the jobs that were asked for, each done at once; those put into `failing` fail."""
     jobs, failing = [], set()
 
-    def run_jobs(wanted, core_sets, folder):
+    def run_pinned(wanted, core_sets, folder, run):
         for job in wanted:
             assert job.config.exists()
             jobs.append((job.method, job.experts, job.seed))
             failure = "exited with 1: no luck" if jobs[-1] in failing else ""
             yield Outcome(job, MEASURES, failure)
 
-    monkeypatch.setattr(quality, "run_jobs", run_jobs)
+    monkeypatch.setattr(missing, "run_pinned", run_pinned)
     monkeypatch.setattr("benchmarks.command.signal.signal", lambda *_: None)
     return jobs, failing
 

@@ -1,8 +1,6 @@
 """Whole runs that stop anywhere and go on: they end as the run that was never stopped."""
 
 import json
-import os
-import signal
 
 import numpy as np
 import pytest
@@ -16,6 +14,7 @@ from search.run import run_search
 from search.stages import GenomeEvaluator
 from search.trace import Trace
 from tests.test_merges import save_toy_zoo
+from tests.test_run import TIMES, at_scoring, ctrl_c
 from tests.test_setup import hash_of, write_prior
 
 OPTIONS = (
@@ -28,7 +27,6 @@ OPTIONS = (
     "objective.weak_signal_nats=100",  # nobody wins alone, something that was found does
 )
 N_GENERATIONS = 5
-TIMES = {"elapsed_s", "seconds", "peak_bytes", "left_s", "needed_s", "reserves_s"}
 AGAIN = {"resumed", "out_of_memory"}
 """Events that may come more than once."""
 
@@ -311,24 +309,6 @@ def test_without_resume_the_run_starts_over(whole, config, base, tmp_path):
 def test_where_there_is_nothing_to_resume_the_run_starts(whole, go_on, tmp_path):
     go_on()
     assert timeless(tmp_path, leave_out=set()) == timeless(whole)
-
-
-def at_scoring(monkeypatch, call, action):
-    """Do something before the search scores candidates for the n-th time."""
-    calls = []
-    score_blocks = GenomeEvaluator.score_blocks
-
-    def counted(self, genomes, blocks):
-        calls.append(genomes)
-        if len(calls) == call:
-            action()
-        return score_blocks(self, genomes, blocks)
-
-    monkeypatch.setattr(GenomeEvaluator, "score_blocks", counted)
-
-
-def ctrl_c():
-    os.kill(os.getpid(), signal.SIGINT)
 
 
 @pytest.mark.parametrize(("call", "grace_s"), [(1, 0.0), (2, 60.0), (5, 0.0), (10, 60.0)])

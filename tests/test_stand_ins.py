@@ -12,6 +12,7 @@ from peft.utils import load_peft_weights
 from search.adapters import _REFUSED_SETTINGS, _check_settings, _pair_factors, check_adapter
 from search.errors import InputError
 from search.groups import group_modules
+from search.memory import Reading, tokens_that_fit
 from search.objective import OBJECTIVES, disagreement
 from search.sampling import MAX_CACHED_TOKENS
 from search.skeleton import parse_skeleton
@@ -29,6 +30,7 @@ from search.stand_ins import (
     pair_plain_factors,
     read_settings,
     split_skeleton,
+    tokens_free,
 )
 from tests.toys import MIXED, make_model, save_adapter
 
@@ -158,3 +160,17 @@ def test_what_is_as_good_stays_and_memory_is_not_asked_for():
     value = object()
     assert as_it_is(value) is value
     assert most_cached_tokens(None) == MAX_CACHED_TOKENS
+
+
+def test_tokens_follow_from_the_free_memory_of_the_device_that_computes(monkeypatch):
+    second, free = torch.device("cuda:1"), 10_000
+    monkeypatch.setattr(torch.cuda, "memory_allocated", {second: 500}.get)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", {second: 1_500}.get)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", {second.index: (free, 40_000)}.get)
+    assert tokens_free(second, 100, 1_000) == 64  # of (11,500 * 0.95 - 500 - 1,000) / 100 = 94
+    assert tokens_free(second, 100, free) == 4
+    assert tokens_free(second, 100, 2 * free) == 1
+    reading = Reading(free=free, total=40_000, held=1_500, used=500)
+    monkeypatch.setattr("search.memory.read_memory", lambda device: reading)
+    for kept_bytes in (0, 1_000, 5_000, free, 2 * free):
+        assert tokens_free(second, 9.5, kept_bytes) == tokens_that_fit(second, 9.5, kept_bytes)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import studies
+from benchmarks import missing, studies
 from benchmarks.job import Outcome
 from benchmarks.rows import read_rows
 from benchmarks.studies import main, parse_arguments, plan_jobs, run_arm
@@ -40,7 +40,7 @@ def asked(monkeypatch):
             failed = runs[-1] in failing
             yield Outcome(job, {} if failed else MEASURES, "exited with 1:\nno luck\n" if failed else "")
 
-    monkeypatch.setattr(studies, "run_pinned", run_pinned)
+    monkeypatch.setattr(missing, "run_pinned", run_pinned)
     monkeypatch.setattr("benchmarks.command.signal.signal", lambda *_: None)
     return runs, failing
 

@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 from search import submission
+from search.base import load_base
 from search.errors import InputError
 from search.merge import merge_adapters
 from search.submission import (
@@ -20,6 +22,8 @@ from search.submission import (
     ready_tokenizer,
     start_neutral,
 )
+from search.versions import dtype_option
+from tests.test_base import save_toy_base
 from tests.test_experts import stack
 from tests.toys import make_model
 
@@ -149,3 +153,24 @@ def test_base_and_tokenizer_are_made_ready():
     assert not model.weight.requires_grad
     token = SimpleNamespace(pad_token_id=None, pad_token=None, eos_token="</s>")
     assert ready_tokenizer(SimpleNamespace(input_tokenizer=None, tokenizer=token)).pad_token == "</s>"
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_the_kits_base_becomes_what_a_run_loads(device, tmp_path):
+    """Its positions too, which are in buffers: in bfloat16 they would be wrong after a few hundred tokens."""
+    folder = save_toy_base(tmp_path)
+    ours = ready_base(AutoModelForCausalLM.from_pretrained(folder, **dtype_option(torch.float64)), device)
+    theirs = load_base(str(folder), device=device).model
+    assert ours.device == theirs.device
+    for kind in ("named_parameters", "named_buffers"):
+        one, other = dict(getattr(ours, kind)()), dict(getattr(theirs, kind)())
+        assert one.keys() == other.keys()
+        for name, tensor in one.items():
+            assert tensor.dtype == other[name].dtype, name
+            assert torch.equal(tensor, other[name]), name
+
+
+def test_of_a_base_only_parameters_change_their_type():
+    model = nn.BatchNorm1d(1).double()
+    ready_base(model, "cpu")
+    assert (model.weight.dtype, model.running_mean.dtype) == (torch.float32, torch.float64)

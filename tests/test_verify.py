@@ -14,18 +14,10 @@ from tests.test_run import at_scoring, ctrl_c
 from tests.verifying import RUN, copy_work, edit_json, edit_line, make_work, run_job
 
 
-@pytest.fixture(scope="module")
-def work(tmp_path_factory):
-    """A folder with a finished run, answers included; leave it as it is."""
-    folder = make_work(tmp_path_factory.mktemp("work") / "here")
-    assert run_job(folder) == 0
-    return folder
-
-
 @pytest.fixture
-def run(work, tmp_path):
-    """A copy of all of it; the run's folder."""
-    return copy_work(work, tmp_path / "there")
+def run(finished_work, tmp_path):
+    """A copy of a finished run; its folder."""
+    return copy_work(finished_work, tmp_path / "there")
 
 
 def verify(capsys, *arguments):
@@ -394,7 +386,7 @@ def test_a_trace_that_lacks_something_is_refused_in_a_line(run, capsys, name, ch
 
 
 def test_a_folder_that_is_gone_is_refused_and_one_that_moved_is_found_from_the_working_directory(
-    work, run, capsys, monkeypatch
+    run, capsys, monkeypatch
 ):
     def forget(line):
         line["folder"] = "/gone"
