@@ -163,11 +163,23 @@ def _check_numbers(config: dict[str, Any], where: str) -> None:
             raise InputError(
                 f"{where}: {pattern_field} is {patterns!r} in {CONFIG_FILE}, expected an object."
             )
+        _check_patterns(patterns, f"{where}: {pattern_field}")
         for name, value in {field: config.get(field, 8), **patterns}.items():
             good = isinstance(value, kind) and not isinstance(value, bool) and math.isfinite(value)
             if not good or (field == "r" and value < 1):
                 expected = "a whole number above 0" if field == "r" else "a number"
                 raise InputError(f"{where}: {name} is {value!r} in {CONFIG_FILE}, expected {expected}.")
+
+
+def _check_patterns(patterns: dict[str, Any], where: str) -> None:
+    """Refuse names of modules that PEFT could not have matched either."""
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except (re.error, RecursionError) as error:
+            raise InputError(
+                f"{where} has {pattern!r} in {CONFIG_FILE}, no regular expression ({error}). Re-download it."
+            ) from error
 
 
 def _find_weights(folder: Path, where: str, allow_pickle: bool) -> Path:

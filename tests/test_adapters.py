@@ -118,6 +118,7 @@ def test_scaling_follows_rslora_and_patterns(tmp_path: Path) -> None:
         ({"lora_alpha": True}, "lora_alpha is True in adapter_config.json, expected a number"),
         ({"lora_alpha": math.nan}, "lora_alpha is nan in adapter_config.json"),
         ({"rank_pattern": {"q_proj": 2.5}}, "q_proj is 2.5 in adapter_config.json"),
+        ({"alpha_pattern": {"q_proj(": 2}}, "alpha_pattern has 'q_proj(' in adapter_config.json, no regular"),
         ({"alpha_pattern": ["q_proj"]}, "alpha_pattern is ['q_proj'] in adapter_config.json"),
         ({"r": 4}, "model.layers.0.self_attn.q_proj has rank 2, its config says 4"),
     ],
