@@ -34,6 +34,7 @@ from search.options import (
     add_merge_options,
     add_submission_options,
     add_verify_options,
+    refuse_replacing,
 )
 from search.pin import pin_config
 from search.prior_learning import learn_prior
@@ -105,7 +106,7 @@ def parse_command(argv: Sequence[str] | None) -> argparse.Namespace:
     _add_searches(add)
     _add_readers(add)
     _add_accounts(add)
-    return parser.parse_args(argv)
+    return refuse_replacing(parser.parse_args(argv))
 
 
 def _add_searches(add: Callable[..., Any]) -> None:
