@@ -43,6 +43,7 @@ _REFUSED_SETTINGS = {
     "monteclora_config": "MonteCLoRA",
 }
 _REFUSED_TENSORS = {
+    ".base_layer.": "a copy of the base's own layer (save it with PEFT's save_embedding_layers=False)",
     "lora_embedding_": "LoRA on an embedding",
     "lora_magnitude_vector": "DoRA",
     "lora_B.bias": "a bias on lora_B",
@@ -187,7 +188,8 @@ def _find_weights(folder: Path, where: str, allow_pickle: bool) -> Path:
         return folder / WEIGHTS_FILE
     if allow_pickle and (folder / PICKLE_FILE).is_file():
         return folder / PICKLE_FILE
-    pickled = f"A pickle ({PICKLE_FILE}) is read only with `allow_pickle: true`; better convert it"
+    allowed = "`allow_pickle: true` beside its `source`, or --allow-pickle of `search merge`"
+    pickled = f"A pickle ({PICKLE_FILE}) is read only with {allowed}; better convert it"
     raise InputError(f"{where}: no {WEIGHTS_FILE} in it. {pickled}.")
 
 

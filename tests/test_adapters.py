@@ -162,6 +162,7 @@ def add(key: str, *shape: int) -> Callable[[Tensors], Any]:
         (lambda tensors: tensors.clear(), "no LoRA tensors in its weights file"),
         (add("model.embed_tokens.weight", 50, 16), "embeddings of its own (a resized vocabulary)"),
         (add("lm_head.weight", 50, 16), "an output layer of its own (a resized vocabulary)"),
+        (add("lm_head.base_layer.weight", 50, 16), "a copy of the base's own layer (save it with PEFT's"),
         (add("model.embed_tokens.lora_embedding_A", 2, 50), "LoRA on an embedding"),
         (add("model.layers.0.mlp.lora_magnitude_vector", 16), "DoRA"),
         (add("model.layers.0.mlp.lora_B.bias", 16), "a bias on lora_B"),
