@@ -8,6 +8,7 @@ can be refused is refused before the merge starts.
 import argparse
 import logging
 import math
+import signal
 import sys
 import tempfile
 import time
@@ -18,6 +19,8 @@ from pathlib import Path
 from typing import NoReturn
 
 IMPORTED_S = time.monotonic()
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C in the seconds of imports ends without a traceback
 warnings.filterwarnings(
     "ignore", message="Could not import matplotlib"
 )  # cma, of plots that nobody asked for
@@ -55,6 +58,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run, and turn bad input and Ctrl-C into one line and an exit code."""
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(message)s")
     quiet_libraries()
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         return run(parse_arguments(argv))
     except InputError as error:

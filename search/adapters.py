@@ -43,6 +43,7 @@ _REFUSED_SETTINGS = {
     "monteclora_config": "MonteCLoRA",
 }
 _REFUSED_TENSORS = {
+    ".base_layer.": "a copy of the base's own layer (save it with PEFT's save_embedding_layers=False)",
     "lora_embedding_": "LoRA on an embedding",
     "lora_magnitude_vector": "DoRA",
     "lora_B.bias": "a bias on lora_B",
@@ -163,6 +164,7 @@ def _check_numbers(config: dict[str, Any], where: str) -> None:
             raise InputError(
                 f"{where}: {pattern_field} is {patterns!r} in {CONFIG_FILE}, expected an object."
             )
+        _check_patterns(patterns, f"{where}: {pattern_field}")
         for name, value in {field: config.get(field, 8), **patterns}.items():
             good = isinstance(value, kind) and not isinstance(value, bool) and math.isfinite(value)
             if not good or (field == "r" and value < 1):
@@ -170,12 +172,24 @@ def _check_numbers(config: dict[str, Any], where: str) -> None:
                 raise InputError(f"{where}: {name} is {value!r} in {CONFIG_FILE}, expected {expected}.")
 
 
+def _check_patterns(patterns: dict[str, Any], where: str) -> None:
+    """Refuse names of modules that PEFT could not have matched either."""
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except (re.error, RecursionError) as error:
+            raise InputError(
+                f"{where} has {pattern!r} in {CONFIG_FILE}, no regular expression ({error}). Re-download it."
+            ) from error
+
+
 def _find_weights(folder: Path, where: str, allow_pickle: bool) -> Path:
     if (folder / WEIGHTS_FILE).is_file():
         return folder / WEIGHTS_FILE
     if allow_pickle and (folder / PICKLE_FILE).is_file():
         return folder / PICKLE_FILE
-    pickled = f"A pickle ({PICKLE_FILE}) is read only with `allow_pickle: true`; better convert it"
+    allowed = "`allow_pickle: true` beside its `source`, or --allow-pickle of `search merge`"
+    pickled = f"A pickle ({PICKLE_FILE}) is read only with {allowed}; better convert it"
     raise InputError(f"{where}: no {WEIGHTS_FILE} in it. {pickled}.")
 
 

@@ -148,7 +148,7 @@ def choose_device(device: str) -> torch.device:
         torch.empty(1, device=name)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise InputError(
-            f"device {device!r} cannot be used here: {_first_line(error)}. Choose auto or cpu."
+            f"device {device!r} cannot be used here: {_first_line(error).split('. ')[0]}. Choose auto or cpu."
         ) from error
     return torch.device(name)
 

@@ -35,6 +35,13 @@ from search.settings import (
 from search.skeleton import parse_skeleton
 from search.yaml_input import read_mapping
 
+_EXPECTED = {
+    "tuple_type": "it should be a list, in [ ] or a line each after -",
+    "string_type": "it should be text (quote it)",
+    "string_pattern_mismatch": "it should be auto, cpu, mps, cuda or cuda:N",  # of `device`
+}
+"""By pydantic's types of mistake: what was expected, where its own words would name Python's types."""
+
 
 class SourcedSection(ConfigSection):
     """Weights on disk or on the hub; a plain string is short for its `source`."""
@@ -193,12 +200,14 @@ def _describe_mistake(error: ValidationError, path: str, overrides: Sequence[str
     if mistake["type"] == "extra_forbidden":
         return f"{where}: unknown key; {_suggest_key(mistake['loc'])}"
     if mistake["type"] == "missing":
-        return f"{where}: missing; write `{mistake['loc'][-1]}: FOLDER` (or a hub id)"
+        value = "NUMBER`" if mistake["loc"][-1] == "share" else "FOLDER` (or a hub id)"
+        return f"{where}: missing; write `{mistake['loc'][-1]}: {value}"
     if mistake["type"] == "value_error":
         return f"{where}: {mistake['ctx']['error']}"
-    expected = re.sub("^(Input|String) should", "it should", mistake["msg"])
+    expected = _EXPECTED.get(mistake["type"], re.sub("^(Input|String) should", "it should", mistake["msg"]))
     if mistake["type"] == "model_type":
-        expected = "expected keys below it"
+        is_source = mistake["loc"][:1] in (("base",), ("adapters",))
+        expected = f"expected {'a folder, a hub id or ' if is_source else ''}keys below it"
     return f"{where}: found {repr(mistake['input'])[:80]}; {expected}"
 
 

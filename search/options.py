@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from search.bundle import QUERIES_AHEAD
+from search.errors import InputError
 
 
 class Command(NamedTuple):
@@ -100,6 +101,16 @@ def _add_queries_ahead(command: argparse.ArgumentParser) -> None:
         metavar="N",
         help="queries that time is left for, answered one at a time after the merge; default: %(default)s",
     )
+
+
+def refuse_replacing(arguments: argparse.Namespace) -> argparse.Namespace:
+    """Return the arguments; an -o that is a file which the command reads is an InputError."""
+    read = [getattr(arguments, name, None) for name in ("config", "prior", "source")]
+    for path in [*read, *getattr(arguments, "traces", ())]:
+        output = getattr(arguments, "output", None)
+        if output and path and output.is_file() and path.is_file() and output.samefile(path):
+            raise InputError(f"-o {output}: it is read here, and would be replaced. Choose another file.")
+    return arguments
 
 
 COMMANDS = {

@@ -230,7 +230,8 @@ def _read_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
     try:
         raw = path.read_bytes().split(b"\n")
     except OSError as error:
-        raise InputError(f"{path}: cannot read the trace: {error.strerror or error}") from error
+        cure = f"give {path / 'trace.jsonl'}" if path.is_dir() else "give the trace.jsonl of a run"
+        raise InputError(f"{path}: cannot read the trace: {error.strerror or error}; {cure}") from error
     lines = []
     n_bytes = 0
     for number, text in enumerate(raw, start=1):

@@ -66,7 +66,7 @@ def read_run(folder: Path) -> RunRecord:
     """
     path = folder / TRACE_FILE
     if not path.is_file():
-        found = "holds no " + TRACE_FILE if folder.is_dir() else "no such folder"
+        found = "holds no " + TRACE_FILE if folder.is_dir() else "is no folder"
         inner = sorted(folder.glob(f"*/{TRACE_FILE}"))
         below = f"; {inner[0].parent} does" if inner else ""
         raise InputError(f"{folder}: {found}{below}. Give the folder of a run, such as output/my_merge.")

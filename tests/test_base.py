@@ -180,10 +180,11 @@ def test_a_tokenizer_without_an_end_token_is_refused(tmp_path):
         load_tokenizer(str(tmp_path))
 
 
-@pytest.mark.parametrize("device", ["cuda:99", "tpu", "gpu0"])
+@pytest.mark.parametrize("device", ["cuda:99", "mps", "tpu", "gpu0"])
 def test_a_device_that_is_not_there_is_refused(device):
-    with pytest.raises(InputError, match=f"device '{device}' cannot be used here"):
+    with pytest.raises(InputError, match=f"device '{device}' cannot be used here") as refused:
         choose_device(device)
+    assert "http" not in str(refused.value)  # torch tells its developers more
 
 
 def test_a_dtype_that_is_not_there_is_refused_and_auto_follows_the_device():

@@ -2,6 +2,10 @@
 
 import csv
 import json
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -280,3 +284,12 @@ def test_what_is_not_read_in_time_is_counted(zoo, here, quick, capsys, monkeypat
     printed = capsys.readouterr().out
     assert "2 queries were not read and got a placeholder" in printed
     assert [row[1] for row in read_rows("output/queries.csv")[1:]] == ["unknown", "0"]
+
+
+def test_ctrl_c_while_libraries_are_imported_ends_without_a_traceback(tmp_path):
+    (tmp_path / "transformers.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+    command = [sys.executable, ROOT / "llm_merging/main.py"]
+    ended = subprocess.run(
+        command, env={**os.environ, "PYTHONPATH": str(tmp_path)}, capture_output=True, text=True, check=False
+    )
+    assert (ended.returncode, ended.stdout, ended.stderr) == (-signal.SIGINT, "", "")

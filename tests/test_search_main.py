@@ -237,6 +237,17 @@ def test_help_has_an_example_that_parses(command, capsys):
     assert program.parse_command(example).command == command
 
 
+@pytest.mark.parametrize("command", ["report {trace}", "priors {trace}", "bundle {trace}", "merge {trace}"])
+def test_an_output_that_would_replace_an_input_is_refused(here, capsys, command):
+    trace = here / "trace.jsonl"
+    trace.write_text("a night's work")
+    assert (
+        program.main([*command.format(trace=trace).split(), "-o", f"{here}/../{here.name}/trace.jsonl"]) == 2
+    )
+    assert "it is read here, and would be replaced. Choose another" in capsys.readouterr().err
+    assert trace.read_text() == "a night's work"
+
+
 def test_an_output_that_cannot_be_written_is_refused(zoo, capsys):
     Path("file").write_text("")
     assert "cannot write file/out/trace.jsonl" in refusal(capsys, "run", zoo, "--out", "file/out")

@@ -346,6 +346,7 @@ def test_a_newer_schema_is_refused_with_the_way_out(path):
 
 def test_a_file_that_is_no_trace_is_refused(tmp_path, path):
     assert "cannot read the trace: No such file" in refusal(tmp_path / "nowhere")
+    assert f"cannot read the trace: Is a directory; give {tmp_path}/trace.jsonl" in refusal(tmp_path)
     for content in (b"", b"\n", b'{"kind": "hea', b'{"a": 1}\n', b"[]\n"):
         (tmp_path / "other").write_bytes(content)
         assert "its first line is no header" in refusal(tmp_path / "other")

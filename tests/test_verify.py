@@ -349,7 +349,7 @@ def cut_after(run, name):
 
 
 def test_what_is_no_finished_run_is_refused_in_a_line(run, capsys, tmp_path):
-    assert f"{tmp_path / 'none'}: no such folder" in refusal(capsys, tmp_path / "none")
+    assert f"{tmp_path / 'none'}: is no folder" in refusal(capsys, tmp_path / "none")
     assert f"holds no trace.jsonl; {run} does" in refusal(capsys, run.parent)
     (run / "coefficients.json").rename(run / "kept")
     assert "holds no coefficients.json" in refusal(capsys, run)
