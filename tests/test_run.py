@@ -1,11 +1,13 @@
 """Whole runs on a toy zoo: what they write, that they repeat, how they end, and who wins."""
 
 import copy
+import gc
 import json
 import os
 import resource
 import signal
 import sys
+import weakref
 from functools import partial
 from types import SimpleNamespace
 
@@ -115,6 +117,32 @@ def impatient(monkeypatch):
 def test_the_public_names_are_there():
     assert {"RunResult", "SearchConfig", "Trace", "merge", "run_search"} <= set(search.__all__)
     assert all(hasattr(search, name) for name in search.__all__)
+
+
+def test_what_experts_say_is_freed_before_the_merge(run, monkeypatch):
+    """By counts of references: a GPU's memory is needed before the collector of cycles comes round."""
+    kept, alive = [], []
+    prepare, deliver = search.setup.prepare_steering, search.phases.deliver_ending
+
+    def steer(*arguments):
+        steering = prepare(*arguments)
+        both = steering.searched, steering.unseen
+        kept.extend(weakref.ref(found) for own in both for found in (own, own._signals.logits))
+        return steering
+
+    def merge(*arguments):
+        alive.append([found() is not None for found in kept])
+        return deliver(*arguments)
+
+    monkeypatch.setattr("search.setup.prepare_steering", steer)
+    monkeypatch.setattr("search.phases.deliver_ending", merge)
+    gc.collect()
+    gc.disable()
+    try:
+        run("search.gradient.refine_steps=2")
+    finally:
+        gc.enable()
+    assert alive == [[False] * 4]
 
 
 def test_a_run_writes_trace_adapter_and_coefficients_and_nothing_else(finished):
