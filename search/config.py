@@ -116,6 +116,11 @@ class SearchConfig(ConfigSection):
     prompts: PromptSettings = PromptSettings()
     objective: ObjectiveSettings = ObjectiveSettings()
 
+    @property
+    def sources(self) -> list[str]:
+        """Folders and hub ids of the base and of all adapters."""
+        return [self.base.source, *(adapter.source for adapter in self.adapters)]
+
     @field_validator("adapters", mode="before")
     @classmethod
     def _expand_folder(cls, value: Any, info: ValidationInfo) -> Any:

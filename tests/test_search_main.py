@@ -248,6 +248,51 @@ def test_an_output_that_would_replace_an_input_is_refused(here, capsys, command)
     assert trace.read_text() == "a night's work"
 
 
-def test_an_output_that_cannot_be_written_is_refused(zoo, capsys):
+@pytest.fixture
+def nothing_loads(monkeypatch):
+    def load(*arguments, **options):
+        raise AssertionError("something was loaded")
+
+    for name in ("search.setup.load_adapters", "search.setup.load_base", "search.report._render_notebook"):
+        monkeypatch.setattr(name, load)
+
+
+@pytest.mark.parametrize("out", ["file", "file/out"])
+def test_an_output_that_cannot_be_written_is_refused_before_anything_is_loaded(
+    zoo, capsys, out, nothing_loads
+):
     Path("file").write_text("")
-    assert "cannot write file/out/trace.jsonl" in refusal(capsys, "run", zoo, "--out", "file/out")
+    assert f"cannot write to {out}: Not a directory" in refusal(capsys, "run", zoo, "--out", out)
+
+
+@pytest.mark.parametrize("command", ["merge RUN", "submission RUN", "report TRACE", "priors TRACE", "bundle"])
+def test_so_is_one_of_every_other_command(two_runs, capsys, command, nothing_loads):
+    Path("file").write_text("")
+    words = (
+        command.replace("RUN", str(two_runs / "1")).replace("TRACE", str(two_runs / "1/trace.jsonl")).split()
+    )
+    line = refusal(capsys, *words, "-o", "file/out")
+    assert re.search(r"cannot write to file(/out)?: Not a directory. Choose another -o\.", line)
+    if words[0] in ("report", "priors", "bundle"):
+        Path("folder").mkdir()
+        line = refusal(capsys, *words, "-o", "folder")
+        assert line == "error: -o folder: is a folder, expected a file. Choose another -o."
+
+
+@pytest.mark.parametrize("name", ["base", "adapters/expert-1"])
+def test_a_run_is_not_written_among_what_it_reads(zoo, capsys, name, nothing_loads):
+    folder = zoo.parent / name
+    before = sorted(folder.iterdir())
+    line = refusal(capsys, "run", zoo, "--out", folder)
+    assert f"{folder}: the base or an adapter is read from there" in line
+    assert sorted(folder.iterdir()) == before
+
+
+def test_nor_is_an_adapter_replaced_that_is_merged(zoo, capsys):
+    own = shutil.copytree(zoo.parent / "adapters/expert-1", "out/adapter")
+    Path("mine.yaml").write_text(
+        f"base: {zoo.parent / 'base'}\nadapters: [{own}, {zoo.parent}/adapters/expert-0]\n"
+    )
+    assert "out/adapter: the base or an adapter is read" in refusal(
+        capsys, "run", "mine.yaml", "--out", "out"
+    )
