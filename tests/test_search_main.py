@@ -175,6 +175,19 @@ def test_resume_looks_for_weights_where_the_run_began(zoo, here, monkeypatch, ca
     assert outcome_of(capsys, "resume", here / "there/out")["loss"] == whole["loss"]
 
 
+def test_resumed_where_it_began_a_run_has_the_same_coefficients_json(zoo, here, capsys):
+    shutil.copytree(zoo.parent, "zoo")
+    Path("mine.yaml").write_text("base: zoo/base\nadapters: [zoo/adapters/expert-0, zoo/adapters/expert-1]\n")
+    outcome_of(capsys, "run", "mine.yaml", "--out", "out", "--set", *QUICK)
+    whole = Path("out/coefficients.json").read_bytes()
+    assert b'"id": "zoo/adapters/expert-0"' in whole
+    lines = Path("out/trace.jsonl").read_bytes().splitlines(keepends=True)
+    cut = next(n for n, line in enumerate(lines) if b'"index": 2' in line and b'"generation"' in line)
+    Path("out/trace.jsonl").write_bytes(b"".join(lines[:cut]))
+    outcome_of(capsys, "resume", "out")
+    assert Path("out/coefficients.json").read_bytes() == whole
+
+
 def test_an_interrupt_is_survived_when_nobody_reads_stderr(zoo, here):
     command = [sys.executable, "-W", "ignore", "-m", "search", "run", str(zoo), "--out", str(here / "out")]
     settings = ["--set", *QUICK, "search.max_evaluations=100000"]
