@@ -49,6 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     quiet_other_libraries()
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: what is half-written goes
+        if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         arguments = parse_command(argv)
         document, code = DONE_BY[arguments.command](arguments)

@@ -188,6 +188,14 @@ def test_resumed_where_it_began_a_run_has_the_same_coefficients_json(zoo, here, 
     assert Path("out/coefficients.json").read_bytes() == whole
 
 
+def test_ctrl_c_while_libraries_are_imported_ends_without_a_traceback(here):
+    (here / "pydantic.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+    command = [sys.executable, "-m", "search", "--help"]
+    environment = {**os.environ, "PYTHONPATH": str(here)}
+    ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (-signal.SIGINT, "", "")
+
+
 def test_an_interrupt_is_survived_when_nobody_reads_stderr(zoo, here):
     command = [sys.executable, "-W", "ignore", "-m", "search", "run", str(zoo), "--out", str(here / "out")]
     settings = ["--set", *QUICK, "search.max_evaluations=100000"]
