@@ -38,6 +38,8 @@ Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0)]
 SomeCount = Annotated[int, Field(ge=1, le=100_000)]
 """A count that memory or single steps grow with, which no clock could stop: far above any real use."""
+MOST_PROMPT_TOKENS = 10_000_000
+"""Of an adapter: a random number is drawn for each beforehand."""
 
 
 class ConfigSection(BaseModel):
@@ -175,6 +177,17 @@ class PromptSettings(ConfigSection):
     """Length limit of an answer, or of an expert's own text."""
     max_slot_tokens: SomeCount = 64
     """Length limit of what the base writes into one slot."""
+
+    @model_validator(mode="after")
+    def _check_size(self) -> "PromptSettings":
+        n_prompts = self.per_adapter + self.unseen_per_adapter
+        n_tokens = max(self.max_new_tokens, self.max_slot_tokens)
+        if n_prompts * n_tokens > MOST_PROMPT_TOKENS:
+            raise ValueError(
+                f"found {n_prompts} prompts an adapter of up to {n_tokens} tokens each, expected at most "
+                f"{MOST_PROMPT_TOKENS} tokens together; lower either"
+            )
+        return self
 
 
 class ObjectiveSettings(ConfigSection):
