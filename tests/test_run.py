@@ -563,10 +563,10 @@ def test_an_output_that_cannot_be_written_is_one_line(run, tmp_path, in_the_plac
         taken.write_text("mine")
     else:
         taken.mkdir()
-    with pytest.raises(InputError, match=r"cannot write .*out/trace\.jsonl") as caught:
+    with pytest.raises(InputError, match=rf"cannot write (to )?.*/{in_the_place_of}") as caught:
         run()
     assert "\n" not in str(caught.value)
-    assert "choose another folder" in str(caught.value)
+    assert "choose another" in str(caught.value).lower()
 
 
 def test_an_objective_of_ones_own_is_searched_by_and_recorded(finished, run, tmp_path, monkeypatch):
