@@ -4,6 +4,7 @@ Knows argparse and which outputs can be written; not what a command does.
 """
 
 import argparse
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -114,8 +115,9 @@ def refuse_unfit_output(arguments: argparse.Namespace) -> argparse.Namespace:
         if path and output.is_file() and path.is_file() and output.samefile(path):
             raise InputError(f"-o {output}: it is read here, and would be replaced. Choose another file.")
     makes_folder = arguments.command in ("merge", "submission")
-    if output.is_dir() and not makes_folder:
-        raise InputError(f"-o {output}: is a folder, expected a file. Choose another -o.")
+    if os.path.exists(output) and os.path.isdir(output) != makes_folder:
+        found = "a file, expected a folder" if makes_folder else "a folder, expected a file"
+        raise InputError(f"-o {output}: is {found}. Choose another -o.")
     refuse_unwritable(output if makes_folder else output.parent, "-o")
     return arguments
 

@@ -294,10 +294,12 @@ def test_so_is_one_of_every_other_command(two_runs, capsys, command, nothing_loa
     )
     line = refusal(capsys, *words, "-o", "file/out")
     assert re.search(r"cannot write to file(/out)?: Not a directory. Choose another -o\.", line)
-    if words[0] in ("report", "priors", "bundle"):
-        Path("folder").mkdir()
-        line = refusal(capsys, *words, "-o", "folder")
-        assert line == "error: -o folder: is a folder, expected a file. Choose another -o."
+    Path("folder").mkdir()
+    makes_file = words[0] in ("report", "priors", "bundle")
+    wrong, found = (
+        ("folder", "a folder, expected a file") if makes_file else ("file", "a file, expected a folder")
+    )
+    assert refusal(capsys, *words, "-o", wrong) == f"error: -o {wrong}: is {found}. Choose another -o."
 
 
 @pytest.mark.parametrize("name", ["base", "adapters/expert-1"])
