@@ -10,7 +10,6 @@ import logging
 import math
 import signal
 import sys
-import tempfile
 import time
 import warnings
 from collections.abc import Sequence
@@ -41,9 +40,11 @@ from llm_merging.merging import METHODS, Merges
 from llm_merging.merging.Merges import REPOSITORY, choose_config
 from llm_merging.sizing import check_sizes, size_queries
 from search.config import SearchConfig, load_config
+from search.delivery import ADAPTER_FOLDER
 from search.errors import InputError
 from search.hub import keep_download_bars
 from search.timebox import LONGEST_START_S, PROCESS_END_S, seconds_of_process
+from search.workspace import refuse_input_folders, refuse_unwritable
 
 AGE_S = seconds_of_process() if __name__ == "__main__" else math.inf
 STARTED_S = time.monotonic() - AGE_S if AGE_S < LONGEST_START_S else IMPORTED_S
@@ -83,7 +84,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Check everything, merge, answer; return the exit code."""
     config = read_config(arguments)
     datasets = read_datasets(arguments.dataset_filepaths)
-    check_output(arguments.output_folder, arguments.method, list(datasets))
+    check_output(arguments.output_folder, arguments.method, list(datasets), config.sources)
     method = METHODS[arguments.method](arguments.method, config)
     method.output = arguments.output_folder / arguments.method
     method.skip_first_choice_token = arguments.choice_scoring == "kit"
@@ -210,8 +211,8 @@ def read_datasets(paths: Sequence[Path] | None) -> Datasets:
     return datasets
 
 
-def check_output(folder: Path, method: str, dataset_paths: Sequence[Path]) -> None:
-    """Refuse a folder that cannot be written, or where answers would replace the queries (InputError)."""
+def check_output(folder: Path, method: str, dataset_paths: Sequence[Path], sources: Sequence[str]) -> None:
+    """Refuse a folder that cannot be written, or where queries, base or adapters lie (InputError)."""
     for path in dataset_paths:
         target = folder / path.name
         if target.resolve() == path.resolve():
@@ -222,15 +223,10 @@ def check_output(folder: Path, method: str, dataset_paths: Sequence[Path]) -> No
             raise InputError(
                 f"cannot write {target}: a folder has that name. Choose another --output_folder."
             )
-    for needed in (folder, folder / method):
-        try:
-            needed.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=needed):
-                pass
-        except OSError as error:
-            raise InputError(
-                f"cannot write to {needed}: {error.strerror}. Choose another --output_folder."
-            ) from error
+    needed = folder, folder / method
+    for one in needed:
+        refuse_unwritable(one, "--output_folder")
+    refuse_input_folders((*needed, folder / method / ADAPTER_FOLDER), sources, "--output_folder")
 
 
 def check_context(method: Merges, datasets: Datasets) -> None:

@@ -28,7 +28,7 @@ from search.export import export_merge
 from search.files import atomic_write
 from search.handing_in import hand_in
 from search.hub import keep_download_bars
-from search.options import COMMANDS, refuse_replacing
+from search.options import COMMANDS, refuse_unfit_output
 from search.pin import pin_config
 from search.prior_learning import learn_prior
 from search.priors import save_prior
@@ -49,6 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     quiet_other_libraries()
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: what is half-written goes
+        if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         arguments = parse_command(argv)
         document, code = DONE_BY[arguments.command](arguments)
@@ -89,7 +91,7 @@ def parse_command(argv: Sequence[str] | None) -> argparse.Namespace:
         about = command.help[0].upper() + command.help[1:] + "."
         example = f"example: python -m search {command.example}"
         command.take(commands.add_parser(name, help=command.help, description=about, epilog=example))
-    return refuse_replacing(parser.parse_args(argv))
+    return refuse_unfit_output(parser.parse_args(argv))
 
 
 def verify_command(arguments: argparse.Namespace) -> Outcome:

@@ -116,6 +116,11 @@ class SearchConfig(ConfigSection):
     prompts: PromptSettings = PromptSettings()
     objective: ObjectiveSettings = ObjectiveSettings()
 
+    @property
+    def sources(self) -> list[str]:
+        """Folders and hub ids of the base and of all adapters."""
+        return [self.base.source, *(adapter.source for adapter in self.adapters)]
+
     @field_validator("adapters", mode="before")
     @classmethod
     def _expand_folder(cls, value: Any, info: ValidationInfo) -> Any:
@@ -160,15 +165,16 @@ def rebuild_config(recorded: Any, path: str, folder: str | None = None) -> Searc
 
     Args:
         path: of the trace, for errors.
-        folder: where relative paths began; the working directory when None.
+        folder: where relative paths began; the working directory when None. There they stay as written.
 
     Raises:
         InputError: if it is none, or a folder is gone.
     """
     if isinstance(recorded, dict) and isinstance(recorded.get("search"), dict):
         recorded = {**recorded, "search": {"max_relative_norm": None, **recorded["search"]}}
+    root = Path() if folder in (None, str(Path.cwd())) else Path(folder or "")
     try:
-        return SearchConfig.model_validate(recorded, context={"roots": (Path(folder or ""),)})
+        return SearchConfig.model_validate(recorded, context={"roots": (root,)})
     except ValidationError as error:
         raise InputError(_describe_mistake(error, f"{path}: config", ()).replace("\n", "\\n")) from None
 

@@ -15,10 +15,10 @@ from fnmatch import fnmatch
 from functools import cache, partial
 from hashlib import sha1
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from huggingface_hub import HfApi, constants, snapshot_download
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from huggingface_hub.utils.tqdm import (
     are_progress_bars_disabled,
     disable_progress_bars,
@@ -59,6 +59,7 @@ _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
 _IGNORED = ("*/*", "consolidated*")
 _ERRORS: tuple[type[Exception], ...] = (*HTTP_ERRORS, OSError, ValueError, EntryNotFoundError, RuntimeError)
 """All that snapshot_download raises; RuntimeError is hf_xet's."""
+_NO_ANSWER: tuple[type[Exception], ...] = (*HTTP_ERRORS, ConnectionError, TimeoutError)
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
 
@@ -142,8 +143,21 @@ def resolve(source: str, revision: str | None, where: str) -> str:
     if is_offline():
         raise InputError(f"{where}: commits are asked of the hub. Unset HF_HUB_OFFLINE.")
     where = f"{where} at revision {revision!r}" if revision else where
-    info = _patiently(lambda: HfApi(token=_kit_token()).model_info(source, revision=revision), source, where)
-    return str(info.sha)
+
+    def ask() -> Any:
+        try:
+            return HfApi(token=_kit_token()).model_info(source, revision=revision)
+        except _NO_ANSWER as error:
+            if status_of(error) is not None:
+                raise
+            raise LocalEntryNotFoundError(error_line(error)) from error  # as a download: asked no more
+
+    try:
+        return str(_patiently(ask, source, where).sha)
+    except InputError as error:
+        if isinstance(error.__cause__, LocalEntryNotFoundError):
+            raise InputError(f"{where}: {constants.ENDPOINT} is out of reach. Connect.") from error
+        raise
 
 
 def fetch_together(jobs: Sequence[Callable[[], T]]) -> list[T]:

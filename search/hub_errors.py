@@ -65,7 +65,8 @@ def is_passing(error: BaseException) -> bool:
         return status in RETRIED
     broke_off = isinstance(error, (HTTP_ERRORS[0], ConnectionError, TimeoutError, RuntimeError))
     too_few_bytes = "Consistency check failed" in str(error)
-    return (broke_off or too_few_bytes) and not is_offline()
+    out_of_reach = isinstance(error, LocalEntryNotFoundError)  # to huggingface_hub 0.36 an HTTP error too
+    return (broke_off or too_few_bytes) and not out_of_reach and not is_offline()
 
 
 def is_missing(error: BaseException) -> bool:

@@ -131,7 +131,7 @@ class _KitSearch:
     def find_winner(self) -> Finalist:
         """Search, refine the best and compare it with the merges that need no search."""
         steering, trace = self._steering, self._run.trace
-        steering.searched.checkpoint = steering.unseen.checkpoint = lambda: self._box.check(OPTIONAL)
+        steering.searched.checkpoint = steering.unseen.checkpoint = partial(self._box.check, OPTIONAL)
         self._log.info("search")
         mean = self._search()
         self._log.info("finalists")
@@ -145,6 +145,7 @@ class _KitSearch:
         uniform = losses[names.index(UNIFORM)]
         found = winner.name, losses[judgement.place], prompts, uniform
         self._log.info("winner: %s, loss %.4f on %s prompts (uniform %.4f)", *found)
+        del self._reserves  # it refers back to this: what the experts say would outlive the search
         return winner
 
     def _search(self) -> FloatArray:

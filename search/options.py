@@ -1,15 +1,17 @@
 """The commands of `python -m search`: their names, words of help, examples and options.
 
-Knows argparse; not what a command does.
+Knows argparse and which outputs can be written; not what a command does.
 """
 
 import argparse
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 from search.bundle import QUERIES_AHEAD
 from search.errors import InputError
+from search.workspace import refuse_unwritable
 
 
 class Command(NamedTuple):
@@ -103,13 +105,20 @@ def _add_queries_ahead(command: argparse.ArgumentParser) -> None:
     )
 
 
-def refuse_replacing(arguments: argparse.Namespace) -> argparse.Namespace:
-    """Return the arguments; an -o that is a file which the command reads is an InputError."""
+def refuse_unfit_output(arguments: argparse.Namespace) -> argparse.Namespace:
+    """Return the arguments; an -o that the command reads, or that cannot be written, is an InputError."""
+    output: Path | None = getattr(arguments, "output", None)
+    if output is None:
+        return arguments
     read = [getattr(arguments, name, None) for name in ("config", "prior", "source")]
     for path in [*read, *getattr(arguments, "traces", ())]:
-        output = getattr(arguments, "output", None)
-        if output and path and output.is_file() and path.is_file() and output.samefile(path):
+        if path and output.is_file() and path.is_file() and output.samefile(path):
             raise InputError(f"-o {output}: it is read here, and would be replaced. Choose another file.")
+    makes_folder = arguments.command in ("merge", "submission")
+    if os.path.exists(output) and os.path.isdir(output) != makes_folder:
+        found = "a file, expected a folder" if makes_folder else "a folder, expected a file"
+        raise InputError(f"-o {output}: is {found}. Choose another -o.")
+    refuse_unwritable(output if makes_folder else output.parent, "-o")
     return arguments
 
 

@@ -132,6 +132,14 @@ def assemble_parts(
     return Parts(base, tuple(adapters), stacked, groups)
 
 
+def find_twins(adapters: Sequence[Adapter]) -> list[str]:
+    """Say of which adapters the weights are the same, to the last bit, under several names."""
+    named: dict[tuple[str, str], list[str]] = {}
+    for adapter in adapters:
+        named.setdefault((adapter.sha256, _hash_scalings(adapter)), []).append(adapter.name)
+    return [" and ".join(names) for names in named.values() if len(names) > 1]
+
+
 def identify_base(base: LoadedBase) -> dict[str, str | None]:
     """Say which base weights these are, as trace and coefficients.json record it."""
     return {

@@ -88,7 +88,7 @@ class Passes:
             if len(self._under_way) == MOST_UNDER_WAY:
                 self._under_way.popleft().synchronize()
             event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            event.record()
+            event.record(torch.cuda.current_stream(self._model.device))
             self._under_way.append(event)
 
     def folded(self, weights: dict[str, Tensor], rows: Sequence[int]) -> Tensor:

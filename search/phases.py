@@ -24,6 +24,7 @@ from search.finalists import BALANCED, PRIOR, Finalist, Judgement
 from search.interruption import Interrupted, Interruption
 from search.loop import EndedBy, Progress, SearchTools
 from search.outcome import Ending, RunResult, deliver_ending
+from search.parts import find_twins
 from search.planning import choose_optimizer, set_limits
 from search.progress import ProgressLine
 from search.reserves import OPTIONAL, EndingCosts, Reserves
@@ -70,7 +71,11 @@ class Phases:
         self._n_back_offs = 0
 
     def finish(self, output: Path) -> RunResult:
-        """Do what is left after loading: without a search, where the time box has no room for one."""
+        """Do what is left after loading; when the merge begins, what only the search needs is freed."""
+        return self._deliver(self._find_ending(output), output)
+
+    def _find_ending(self, output: Path) -> Ending:
+        """Find what to merge: without a search, where the time box has no room for one."""
         try:
             with self._forwards_end_in_time():
                 self._phase("prompts")
@@ -80,7 +85,7 @@ class Phases:
                 self._record_back_offs(steering)
                 reserves = self._reserve_for_the_end(steering, output)
         except OutOfTime:
-            return self._skip_search(output)
+            return self._skip_search()
         self._interruption.defer()
         steering.searched.checkpoint = steering.unseen.checkpoint = self._check
         found = self._search(steering, reserves)
@@ -94,13 +99,13 @@ class Phases:
             ended_by=ended_by,
             n_unseen=n_unseen,
             left_out=self._setup.left_out,
+            twins=find_twins(self._parts.adapters),
             weak=steering.weak,
             back_offs=steering.budget.oom_events,
         )
         per_expert = judgement.per_expert[judgement.place].tolist()
         loss = float(judgement.losses[judgement.place])
-        ending = Ending(judgement.winner, loss, per_expert, ended_by, found.evaluations, write_summary(facts))
-        return self._deliver(ending, output)
+        return Ending(judgement.winner, loss, per_expert, ended_by, found.evaluations, write_summary(facts))
 
     def _check(self) -> None:
         """Raise where somebody asks to end, or only the answers' time is left; what is over is done again."""
@@ -118,8 +123,8 @@ class Phases:
         finally:
             hook.remove()
 
-    def _skip_search(self, output: Path) -> RunResult:
-        """Merge by the prior, or all at the same norm, and say that there was no time to search."""
+    def _skip_search(self) -> Ending:
+        """Take the prior, or all at the same norm, and say that there was no time to search."""
         left_s = self._box.left_s()
         self._trace.event("search_skipped", phase=self._phase_name, left_s=left_s)
         name, table = BALANCED, np.broadcast_to(self._setup.balanced, self._parts.shape).copy()
@@ -129,8 +134,7 @@ class Phases:
         report = write_skipped(name, self._phase_name, limit_s, self._setup.left_out)
         logging.getLogger(__name__).warning("%s", report.splitlines()[0])
         self._interruption.defer()
-        ending = Ending(Finalist(name, table, True), float("nan"), None, "clock", 0, report)
-        return self._deliver(ending, output)
+        return Ending(Finalist(name, table, True), float("nan"), None, "clock", 0, report)
 
     def _phase(self, name: str) -> None:
         self._phase_name = name

@@ -22,7 +22,7 @@ from search.resume import Record, read_record, refuse_changes
 from search.setup import load_setup
 from search.timebox import PROCESS_END_S, SPARE_SHARE, TimeBox
 from search.trace import TraceWriter
-from search.workspace import hold_folder
+from search.workspace import hold_folder, refuse_input_folders, refuse_unwritable
 
 
 def run_search(  # noqa: PLR0913 (a configuration, a folder, and what a caller may know better)
@@ -51,6 +51,8 @@ def run_search(  # noqa: PLR0913 (a configuration, a folder, and what a caller m
             that cannot be written, or a model that gives no usable numbers.
     """
     path = output / TRACE_FILE
+    refuse_unwritable(output, "--out")
+    refuse_input_folders((output, output / ADAPTER_FOLDER), config.sources, "--out")
     with ExitStack() as held:
         is_new = not output.is_dir()
         held.enter_context(hold_folder(output))

@@ -36,6 +36,10 @@ GenomeName = Literal["adapter", "profile", "full"]
 CombinationName = Literal["mean", "mean_sqrt", "worst"]
 Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0)]
+SomeCount = Annotated[int, Field(ge=1, le=100_000)]
+"""A count that memory or single steps grow with, which no clock could stop: far above any real use."""
+MOST_PROMPT_TOKENS = 10_000_000
+"""Of an adapter: a random number is drawn for each beforehand."""
 
 
 class ConfigSection(BaseModel):
@@ -59,7 +63,7 @@ class SpaceSettings(ConfigSection):
     layers_per_block: Count = 4
     genome: GenomeName = "full"
     """A coefficient per adapter and group; or one per adapter, times a smooth profile over depth."""
-    n_knots: Annotated[int, Field(ge=2)] = 4
+    n_knots: Annotated[int, Field(ge=2, le=1000)] = 4
     """Points of the profile."""
     shared_profile: bool = False
     """One profile for all adapters."""
@@ -88,11 +92,11 @@ class StageSettings(ConfigSection):
 class GradientSettings(ConfigSection):
     """Steps down the objective's gradient (Adam in coefficient space) beside the evolutionary search."""
 
-    refine_steps: Annotated[int, Field(ge=0)] = 0
+    refine_steps: Annotated[int, Field(ge=0, le=100_000)] = 0
     """From the archive's best, which gives one more finalist."""
     inject_every: Annotated[int, Field(ge=0)] = 0
     """Generations from one injected candidate to the next; 0 for none."""
-    inject_steps: Count = 1
+    inject_steps: SomeCount = 1
     """From the search's mean to the injected candidate."""
     learning_rate: Positive = 0.02
     """In coefficients."""
@@ -105,7 +109,7 @@ class SearchSettings(ConfigSection):
     """Wall-clock ceiling of the whole run, from process start to the merge."""
     max_evaluations: Count = 2000
     """Candidates scored at most; reached before the clock, a run is reproducible."""
-    n_candidates: Annotated[int, Field(ge=2)] = 16
+    n_candidates: Annotated[int, Field(ge=2, le=100_000)] = 16
     """Candidates per generation."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     optimizer: str = "CMA"
@@ -126,9 +130,9 @@ class SearchSettings(ConfigSection):
     """Spread of the first generation, in coefficients; half of the start when not given."""
     max_relative_norm: Positive | None = 2.0
     """An adapter whose update is larger, relative to the weights, is broken and left out; null keeps all."""
-    n_finalists: Count = 8
+    n_finalists: SomeCount = 8
     """Best candidates scored again on prompts that the search has not seen."""
-    tokens_per_forward: Count | None = None
+    tokens_per_forward: Annotated[int, Field(ge=1, le=10_000_000)] | None = None
     """Tokens in one forward pass; when not given, a CUDA device's free memory says (search/memory.py)."""
     compile: bool | None = None
     """Compile decoder layers; when not given, where it pays: a large model on a GPU, and passes enough."""
@@ -164,15 +168,26 @@ class SearchSettings(ConfigSection):
 class PromptSettings(ConfigSection):
     """How many prompts the experts write, and how."""
 
-    per_adapter: Count = 8
+    per_adapter: SomeCount = 8
     """Prompts an adapter that the search scores candidates on."""
-    unseen_per_adapter: Count = 8
+    unseen_per_adapter: SomeCount = 8
     """Further prompts an adapter, kept for the finalists."""
     temperature: Positive = 1.0
-    max_new_tokens: Count = 64
+    max_new_tokens: SomeCount = 64
     """Length limit of an answer, or of an expert's own text."""
-    max_slot_tokens: Count = 64
+    max_slot_tokens: SomeCount = 64
     """Length limit of what the base writes into one slot."""
+
+    @model_validator(mode="after")
+    def _check_size(self) -> "PromptSettings":
+        n_prompts = self.per_adapter + self.unseen_per_adapter
+        n_tokens = max(self.max_new_tokens, self.max_slot_tokens)
+        if n_prompts * n_tokens > MOST_PROMPT_TOKENS:
+            raise ValueError(
+                f"found {n_prompts} prompts an adapter of up to {n_tokens} tokens each, expected at most "
+                f"{MOST_PROMPT_TOKENS} tokens together; lower either"
+            )
+        return self
 
 
 class ObjectiveSettings(ConfigSection):

@@ -19,7 +19,7 @@ from search.errors import InputError
 from search.evaluate import Scoring
 from search.files import sha256_file
 from search.objective import Objective, objective_label
-from search.parts import Parts, assemble_parts, identify_parts, load_adapters
+from search.parts import Parts, assemble_parts, find_twins, identify_parts, load_adapters
 from search.planning import choose_optimizer, finest_grouping, plan_stages
 from search.plugin import load_objective
 from search.priors import NeutralStart, PriorStart, load_prior, start_from_prior
@@ -40,6 +40,7 @@ from search.trust import bound
 
 SPREAD_AT_ZERO = 0.15
 """First spread, in coefficients, around a start of 0, which has no half."""
+TWINS = "the same weights under several names, each with a coefficient of its own: %s. Leave all but one out?"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -153,6 +154,8 @@ def make_setup(
     parts = _assemble(base, adapters, config)
     if misfits := _find_misfits(parts, config.search.max_relative_norm):
         parts = _assemble(base, [a for a in parts.adapters if a.name not in misfits], config)
+    if twins := find_twins(parts.adapters):
+        logging.getLogger(__name__).warning(TWINS, "; ".join(twins))
     balanced = balanced_coefficients(update_products(parts.stacked))
     first, prior = _choose_start(config, parts, balanced)
     setup = Setup(config, parts, objective, first, prior, balanced, misfits)

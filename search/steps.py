@@ -24,6 +24,7 @@ from search.resume import Record
 from search.setup import load_setup
 from search.space import FloatArray
 from search.trace import Generation, TraceWriter
+from search.workspace import refuse_input_folders, refuse_unwritable
 
 
 class Steps:
@@ -59,6 +60,8 @@ class Steps:
             InputError: for weights or settings that do not fit, or an output that cannot be written or that
                 holds a trace already.
         """
+        refuse_unwritable(output, "folder")
+        refuse_input_folders((output, output / ADAPTER_FOLDER), config.sources, "folder")
         refuse_strangers(output / ADAPTER_FOLDER)
         if (path := output / TRACE_FILE).exists():
             raise InputError(f"{path} exists: a search was run there. Choose another folder, or delete it.")

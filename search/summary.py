@@ -36,6 +36,8 @@ class RunFacts:
     """(n_adapters,) prompts that the search has not seen."""
     left_out: Mapping[str, str]
     """Name of each adapter that is not in the merge at all, and why."""
+    twins: Sequence[str]
+    """Names of adapters that are the same weights, a text for each set of them."""
     weak: Sequence[str]
     """Names of adapters whose prompts are too weak to steer by."""
     back_offs: Sequence[Mapping[str, int]]
@@ -56,6 +58,7 @@ def write_summary(facts: RunFacts) -> str:
         *_describe_experts(facts, agreement),
     ]
     lines += [f"left out, coefficient 0: {name}: {reason}" for name, reason in facts.left_out.items()]
+    lines += [f"the same weights under several names: {names}" for names in facts.twins]
     if facts.weak:
         lines.append(_describe_weak(facts))
     if facts.back_offs:

@@ -1,4 +1,4 @@
-"""The folder of a run: held by one run at a time, and cleared of what a killed one left half-written.
+"""The folder of a run: fit to be written to, held by one run at a time, cleared of what a killed one left.
 
 Knows locks and names of temporary files; not what a run writes.
 """
@@ -6,11 +6,37 @@ Knows locks and names of temporary files; not what a run writes.
 import fcntl
 import os
 import shutil
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from search.errors import InputError
+
+
+def refuse_unwritable(folder: Path, option: str) -> None:
+    """Refuse (InputError) a folder, there or not, that cannot be written to; nothing is made.
+
+    Args:
+        option: of the command line, to choose another by.
+    """
+    try:
+        there = next(one for one in (folder, *folder.absolute().parents) if os.path.lexists(one))
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise InputError(f"cannot write to {folder}: {error.strerror}. Choose another {option}.") from error
+
+
+def refuse_input_folders(folders: Iterable[Path], sources: Iterable[str], option: str) -> None:
+    """Refuse (InputError) to write into a folder that base or adapters are read from."""
+    inputs = [Path(source) for source in sources if os.path.isdir(source)]
+    for folder in folders:
+        if folder.is_dir() and any(folder.samefile(one) for one in inputs):
+            raise InputError(
+                f"{folder}: the base or an adapter is read from there, and the run's files would be mixed "
+                f"with its own. Choose another {option}."
+            )
 
 
 @contextmanager

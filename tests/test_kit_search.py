@@ -1,6 +1,8 @@
 """A search in the kit races as a whole run does, and merges without one where there is no time."""
 
+import gc
 import itertools
+import weakref
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,7 +15,7 @@ from search.config import load_config
 from search.finalists import BALANCED, PRIOR
 from search.groups import group_modules
 from search.kit_search import race, search_in_kit, seconds_of
-from search.kit_signals import KitRun
+from search.kit_signals import KitRun, KitSteering
 from search.racing import BlockScores, Race, order_blocks, plan_race
 from search.stack import stack_adapters
 from search.stand_ins import make_plain_space, read_settings
@@ -161,3 +163,25 @@ def test_however_little_time_there_is_somebody_wins(zoo, limit_s):
     assert (ended_by == "evaluations") == (n_generations == 3)
     if limit_s > 1e5:
         assert (ended_by, said["prompts"]) == ("evaluations", "unseen")
+
+
+def test_what_experts_say_is_freed_when_the_search_ends(zoo):
+    """By counts of references: a GPU's memory is needed before the collector of cycles comes round."""
+    run, _ = make_run(zoo, TimeBox(1e6, clock=itertools.count().__next__))
+    kept = []
+
+    def steer(run):
+        steering = KitSteering(run)
+        both = steering.searched, steering.unseen
+        kept.extend(weakref.ref(found) for own in both for found in (own, own._signals.logits))
+        return steering
+
+    gc.collect()
+    gc.disable()
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("search.kit_search.KitSteering", steer)
+            search_in_kit(run)
+        assert [found() for found in kept] == [None] * 4
+    finally:
+        gc.enable()

@@ -164,6 +164,14 @@ def test_bad_input_is_one_line_and_code_2_before_the_merge(zoo, here, quick, cap
     assert not Path("output/queries.csv").is_file()
 
 
+def test_answers_and_merge_are_not_written_among_what_is_read(zoo, here, quick, capsys):
+    base = zoo.parent / "base"
+    assert run(zoo, "--output_folder", base) == 2
+    assert f"{base}: the base or an adapter is read from there" in capsys.readouterr().err
+    assert quick.merges == 0
+    assert not (base / "quick").exists()
+
+
 def test_bytes_that_are_not_utf8_are_refused(zoo, here, quick, capsys):
     (here / "queries.csv").write_bytes(b"id,input,eval_type,answer_choices\n1,\xff,generation,\n")
     assert run(zoo) == 2

@@ -1,5 +1,7 @@
 """Compiled passes give the losses of eager ones, in few shapes; objectives some positions at a time."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -122,3 +124,23 @@ def test_what_the_expert_says_is_kept_exactly_in_half_precision(toy_adapters):
     )  # as the signals were taken
     sums = own.sums("entropy_excess", own.mixed(one_hot[rows], rows), rows)
     assert torch.equal(sums, torch.zeros_like(sums))
+
+
+def test_two_passes_wait_on_the_models_own_device_whichever_is_current(case, monkeypatch):
+    recorded, waited = [], []
+
+    class Event:
+        def record(self, stream="of the current device"):
+            recorded.append(stream)
+
+        def synchronize(self):
+            waited.append(self)
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: f"of {device}")
+    own = Passes(*case)
+    own._model = SimpleNamespace(device=torch.device("cuda:1"))
+    for _ in range(3):
+        own._keep_pace()
+    assert recorded == ["of cuda:1"] * 3
+    assert len(waited) == 1

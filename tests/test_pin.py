@@ -1,6 +1,7 @@
 """Pinning: commits from the hub go into a configuration, and nothing else of it changes."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -134,3 +135,12 @@ def test_the_command_tells_each_commit_and_how_many_it_wrote(hub, capsys):
     assert f"base (org/base): main is {commits[BASE]}\n" in err
     assert main(["pin", str(path), "--write"]) == 0
     assert json.loads(capsys.readouterr().out)["written"] == 2
+
+
+def test_without_a_network_one_line_says_so_at_once(hub, monkeypatch, capsys):
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr("search.hub.time.sleep", lambda seconds: pytest.fail(f"slept {seconds} s"))
+    save(LAYOUTS["short"])
+    assert main(["pin", "mine.yaml"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.fullmatch(r"error: .* \(org/\w+\): http://127\.0\.0\.1:9 is out of reach\. Connect\.", line)

@@ -175,6 +175,27 @@ def test_resume_looks_for_weights_where_the_run_began(zoo, here, monkeypatch, ca
     assert outcome_of(capsys, "resume", here / "there/out")["loss"] == whole["loss"]
 
 
+def test_resumed_where_it_began_a_run_has_the_same_coefficients_json(zoo, here, capsys):
+    shutil.copytree(zoo.parent, "zoo")
+    Path("mine.yaml").write_text("base: zoo/base\nadapters: [zoo/adapters/expert-0, zoo/adapters/expert-1]\n")
+    outcome_of(capsys, "run", "mine.yaml", "--out", "out", "--set", *QUICK)
+    whole = Path("out/coefficients.json").read_bytes()
+    assert b'"id": "zoo/adapters/expert-0"' in whole
+    lines = Path("out/trace.jsonl").read_bytes().splitlines(keepends=True)
+    cut = next(n for n, line in enumerate(lines) if b'"index": 2' in line and b'"generation"' in line)
+    Path("out/trace.jsonl").write_bytes(b"".join(lines[:cut]))
+    outcome_of(capsys, "resume", "out")
+    assert Path("out/coefficients.json").read_bytes() == whole
+
+
+def test_ctrl_c_while_libraries_are_imported_ends_without_a_traceback(here):
+    (here / "pydantic.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+    command = [sys.executable, "-m", "search", "--help"]
+    environment = {**os.environ, "PYTHONPATH": str(here)}
+    ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (-signal.SIGINT, "", "")
+
+
 def test_an_interrupt_is_survived_when_nobody_reads_stderr(zoo, here):
     command = [sys.executable, "-W", "ignore", "-m", "search", "run", str(zoo), "--out", str(here / "out")]
     settings = ["--set", *QUICK, "search.max_evaluations=100000"]
@@ -248,6 +269,53 @@ def test_an_output_that_would_replace_an_input_is_refused(here, capsys, command)
     assert trace.read_text() == "a night's work"
 
 
-def test_an_output_that_cannot_be_written_is_refused(zoo, capsys):
+@pytest.fixture
+def nothing_loads(monkeypatch):
+    def load(*arguments, **options):
+        raise AssertionError("something was loaded")
+
+    for name in ("search.setup.load_adapters", "search.setup.load_base", "search.report._render_notebook"):
+        monkeypatch.setattr(name, load)
+
+
+@pytest.mark.parametrize("out", ["file", "file/out"])
+def test_an_output_that_cannot_be_written_is_refused_before_anything_is_loaded(
+    zoo, capsys, out, nothing_loads
+):
     Path("file").write_text("")
-    assert "cannot write file/out/trace.jsonl" in refusal(capsys, "run", zoo, "--out", "file/out")
+    assert f"cannot write to {out}: Not a directory" in refusal(capsys, "run", zoo, "--out", out)
+
+
+@pytest.mark.parametrize("command", ["merge RUN", "submission RUN", "report TRACE", "priors TRACE", "bundle"])
+def test_so_is_one_of_every_other_command(two_runs, capsys, command, nothing_loads):
+    Path("file").write_text("")
+    words = (
+        command.replace("RUN", str(two_runs / "1")).replace("TRACE", str(two_runs / "1/trace.jsonl")).split()
+    )
+    line = refusal(capsys, *words, "-o", "file/out")
+    assert re.search(r"cannot write to file(/out)?: Not a directory. Choose another -o\.", line)
+    Path("folder").mkdir()
+    makes_file = words[0] in ("report", "priors", "bundle")
+    wrong, found = (
+        ("folder", "a folder, expected a file") if makes_file else ("file", "a file, expected a folder")
+    )
+    assert refusal(capsys, *words, "-o", wrong) == f"error: -o {wrong}: is {found}. Choose another -o."
+
+
+@pytest.mark.parametrize("name", ["base", "adapters/expert-1"])
+def test_a_run_is_not_written_among_what_it_reads(zoo, capsys, name, nothing_loads):
+    folder = zoo.parent / name
+    before = sorted(folder.iterdir())
+    line = refusal(capsys, "run", zoo, "--out", folder)
+    assert f"{folder}: the base or an adapter is read from there" in line
+    assert sorted(folder.iterdir()) == before
+
+
+def test_nor_is_an_adapter_replaced_that_is_merged(zoo, capsys):
+    own = shutil.copytree(zoo.parent / "adapters/expert-1", "out/adapter")
+    Path("mine.yaml").write_text(
+        f"base: {zoo.parent / 'base'}\nadapters: [{own}, {zoo.parent}/adapters/expert-0]\n"
+    )
+    assert "out/adapter: the base or an adapter is read" in refusal(
+        capsys, "run", "mine.yaml", "--out", "out"
+    )

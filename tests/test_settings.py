@@ -224,3 +224,33 @@ def test_settings_are_frozen():
     with pytest.raises(ValueError, match="frozen"):
         SearchSettings().seed = 3
     assert issubclass(SpaceSettings, ConfigSection)
+
+
+@pytest.mark.parametrize(
+    ("key", "most"),
+    [
+        ("search.n_candidates", 100_000),
+        ("search.n_finalists", 100_000),
+        ("search.tokens_per_forward", 10_000_000),
+        ("search.space.n_knots", 1000),
+        ("search.gradient.refine_steps", 100_000),
+        ("search.gradient.inject_steps", 100_000),
+        ("prompts.per_adapter", 100_000),
+        ("prompts.unseen_per_adapter", 100_000),
+        ("prompts.max_new_tokens", 100_000),
+        ("prompts.max_slot_tokens", 100_000),
+    ],
+)
+def test_what_no_clock_could_stop_has_a_limit(key, most):
+    enough = "search.max_evaluations=100000000000"
+    load("", enough, f"{key}={most}")
+    message = mistake("", enough, f"{key}=100000000000")
+    assert f"'{key}=100000000000'" in message
+    assert f"found 100000000000; it should be less than or equal to {most}" in message
+
+
+def test_many_prompts_of_many_tokens_have_a_limit_together():
+    load("", "prompts.per_adapter=9000", "prompts.unseen_per_adapter=1000", "prompts.max_slot_tokens=1000")
+    message = mistake("", "prompts.per_adapter=90000", "prompts.max_new_tokens=1000")
+    assert "found 90008 prompts an adapter of up to 1000 tokens each" in message
+    assert "expected at most 10000000 tokens together; lower either" in message

@@ -74,3 +74,12 @@ def test_a_trace_that_is_there_is_not_replaced(config, tmp_path):
     with pytest.raises(InputError, match="a search was run there"):
         Steps(config, tmp_path)
     assert (tmp_path / "trace.jsonl").read_text() == "precious"
+
+
+def test_an_output_is_refused_before_anything_is_loaded(config, tmp_path, monkeypatch):
+    monkeypatch.setattr("search.steps.load_setup", lambda *_: pytest.fail("something was loaded"))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match=r"cannot write to .*file/out: Not a directory"):
+        Steps(config, tmp_path / "file/out")
+    with pytest.raises(InputError, match="the base or an adapter is read from there"):
+        Steps(config, Path(config.base.source))

@@ -28,6 +28,7 @@ def facts(*, with_prior=False, **changes):
         ("beaten",) * (len(losses) - 1) + ("winner",),
     )
     given = {"ended_by": "evaluations", "n_unseen": (8, 3), "left_out": {}, "weak": (), "back_offs": []}
+    given["twins"] = ()
     return RunFacts(names=NAMES, judgement=judgement, evaluations=64, generations=8, **{**given, **changes})
 
 
@@ -76,6 +77,12 @@ def test_without_unseen_prompts_nothing_is_counted():
 )
 def test_weak_adapters_are_named(weak, last):
     assert write_summary(facts(weak=weak)).splitlines()[-1].startswith(last)
+
+
+def test_the_same_weights_under_two_names_are_told():
+    assert write_summary(facts(twins=("maths and code",))).splitlines()[-1] == (
+        "the same weights under several names: maths and code"
+    )
 
 
 def test_what_is_left_out_is_told_with_its_reason_before_what_is_weak():

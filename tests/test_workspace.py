@@ -5,7 +5,7 @@ import multiprocessing
 import pytest
 
 from search.errors import InputError
-from search.workspace import hold_folder
+from search.workspace import hold_folder, refuse_input_folders, refuse_unwritable
 
 
 def hold(folder, is_held, may_end):
@@ -43,3 +43,21 @@ def test_only_half_written_files_are_removed(tmp_path):
 def test_a_folder_that_is_not_there_is_not_made(tmp_path):
     with hold_folder(tmp_path / "new"):
         assert not (tmp_path / "new").exists()
+
+
+def test_what_cannot_be_written_is_refused_and_nothing_is_made(tmp_path):
+    (tmp_path / "file").write_text("")
+    for name in ("file", "file/deep/out"):
+        with pytest.raises(InputError, match=r"cannot write to .*: Not a directory\. Choose another --out\."):
+            refuse_unwritable(tmp_path / name, "--out")
+    refuse_unwritable(tmp_path, "--out")
+    refuse_unwritable(tmp_path / "deep/out", "--out")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_folder_that_is_read_from_is_refused_by_any_of_its_names(tmp_path):
+    (tmp_path / "base").mkdir()
+    (tmp_path / "link").symlink_to("base")
+    with pytest.raises(InputError, match=r"link: the base or an adapter is read from there"):
+        refuse_input_folders([tmp_path / "link"], ["org/hub-id", str(tmp_path / "base")], "--out")
+    refuse_input_folders([tmp_path, tmp_path / "base/deep"], ["org/hub-id", str(tmp_path / "base")], "--out")
