@@ -117,6 +117,13 @@ def test_choices_of_the_greatest_length_are_read_and_one_character_more_is_refus
         parse_choices(repr([choice + "a"]))
 
 
+def test_a_refused_text_is_shown_whole_up_to_forty_characters():
+    with pytest.raises(ValueError, match=f"is '{'a' * 40}'"):
+        parse_choices("a" * 40)
+    with pytest.raises(ValueError, match=rf"is '{'a' * 37}\.\.\.'"):
+        parse_choices("a" * 41)
+
+
 def test_a_missing_file_and_a_folder_are_refused(tmp_path):
     with pytest.raises(InputError, match="cannot be read: No such file"):
         read_queries(tmp_path / "none.csv")
