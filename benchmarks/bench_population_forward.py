@@ -40,8 +40,6 @@ from search.stack import StackedFactors
 NOMINAL_FLOPS = 989e12
 """bfloat16 matrix products of an H100 or H200 SXM, dense, from its data sheet."""
 
-Timings = dict[str, float]
-
 
 class ForwardScene:
     """A model, adapters on it, and forward passes over rows of random tokens."""

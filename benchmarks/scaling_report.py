@@ -3,7 +3,7 @@
 Knows lines, Markdown and matplotlib; measures nothing.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from math import log
 from pathlib import Path
 
@@ -34,8 +34,6 @@ COLOURS = {"base": BLACK, "population": BLUE, "objective": GREEN}
 STYLES = {"compiled": "-", "eager": "--"}
 PANEL_HEIGHT = 1.9
 """Inches."""
-Cell = Callable[[Row, Row | None], str]
-"""(a point, the one before it) -> what stands in the table."""
 
 
 def write_report(out: Path, *, into_document: bool) -> None:

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from llm_merging import data
 from llm_merging.data import GENERATION, MULTIPLE_CHOICE, Query, check_lengths, parse_choices, read_queries
 from search.errors import InputError
 
@@ -107,6 +108,20 @@ def test_broken_or_hostile_choices_are_refused_and_named(tmp_path, choices):
 @given(st.lists(st.text(), min_size=1))
 def test_every_list_of_strings_survives_the_round_trip(choices):
     assert parse_choices(repr(choices)) == tuple(choices)
+
+
+def test_choices_of_the_greatest_length_are_read_and_one_character_more_is_refused():
+    choice = "a" * (data.MAX_CHOICES_CHARS - len("['']"))
+    assert parse_choices(repr([choice])) == (choice,)
+    with pytest.raises(ValueError, match=f"more than {data.MAX_CHOICES_CHARS}"):
+        parse_choices(repr([choice + "a"]))
+
+
+def test_a_refused_text_is_shown_whole_up_to_forty_characters():
+    with pytest.raises(ValueError, match=f"is '{'a' * 40}'"):
+        parse_choices("a" * 40)
+    with pytest.raises(ValueError, match=rf"is '{'a' * 37}\.\.\.'"):
+        parse_choices("a" * 41)
 
 
 def test_a_missing_file_and_a_folder_are_refused(tmp_path):

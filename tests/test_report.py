@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import re
 import sys
 import tempfile
@@ -187,3 +188,11 @@ def test_an_output_that_cannot_be_written_is_one_line(trace_file, notebook, tmp_
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match=r"cannot write .*report.html: File exists"):
         write_report([trace_file], tmp_path / "file" / "report.html")
+
+
+def test_the_kernel_keeps_what_the_user_has_on_the_path(monkeypatch, tmp_path):
+    monkeypatch.setenv("PYTHONPATH", "/elsewhere")
+    root = str(report.NOTEBOOK.parents[1])
+    assert report._kernel_environment(tmp_path)["PYTHONPATH"] == os.pathsep.join([root, "/elsewhere"])
+    monkeypatch.delenv("PYTHONPATH")
+    assert report._kernel_environment(tmp_path)["PYTHONPATH"] == root
