@@ -108,6 +108,34 @@ def test_measuring_has_its_share_of_the_box_and_no_more(machine):
     assert machine.measured < 7
 
 
+@pytest.mark.parametrize(
+    ("left_s", "again"), [(60.5, False), (59.5, True), (31, True), (8.5, True), (7.5, False)]
+)
+def test_before_the_ending_all_is_measured_again_where_time_is_short_but_not_too_short(
+    machine, left_s, again
+):
+    machine.now_s = 200 - 21 - left_s  # the ending takes 10 and 20, a few finalists 5, and measuring 3
+    machine.reserves.begin_ending()
+    assert machine.measured == 1 + again
+
+
+def test_what_was_measured_near_the_end_of_the_search_is_not_measured_before_the_ending(machine):
+    while machine.box.fits(2.4):
+        machine.generation()
+    assert machine.measured == 2
+    assert machine.box.left_s(OPTIONAL) < 60
+    machine.reserves.begin_ending()
+    assert machine.measured == 2
+
+
+@pytest.mark.parametrize(("left_s", "fits"), [(11.25, True), (11.15, False)])
+def test_a_gradient_begins_only_with_some_time_to_spare(machine, left_s, fits):
+    machine.now_s = 100.0
+    machine.reserves.begin_ending()
+    machine.now_s = 200 - 21 - left_s  # finalists take 10, a gradient 1
+    assert machine.reserves.may_refine() == fits
+
+
 def test_gradients_that_turn_slow_give_up_steps_then_finalists(machine):
     machine.now_s = 130.0
     machine.reserves.begin_ending()
