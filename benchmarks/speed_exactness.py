@@ -32,44 +32,54 @@ def measure_exactness(model: Any, stacked: StackedFactors, groups: Groups, sizes
     whose weights were added up densely, `float32_floor` how far the float32 base is from itself with one row
     at a time, by the order of its sums alone. Needs memory for a float32 copy of the model.
     """
-    wide_model, wide = copy.deepcopy(model).float(), in_float32(stacked)
-    dense = DenseMerge(wide_model, wide, groups)
-    draws = []
-    for seed in range(_N_DRAWS):
-        gen = torch.Generator().manual_seed(seed)
-        ids = torch.randint(3, sizes.n_vocab, (_N_ROWS, sizes.n_tokens), generator=gen).to(model.device)
-        table = draw_coefficients(sizes, 1, len(groups.names), seed).expand(_N_ROWS, -1, -1)
-
-        def logits(
-            of: Any, mixed: StackedFactors | None = None, ids: Tensor = ids, table: Tensor = table
-        ) -> Tensor:
-            with population(of, mixed, table, groups) if mixed else nullcontext():
-                found: Tensor = of(ids, use_cache=False).logits.float()
-            return found
-
-        exact, exact_base = logits(wide_model, wide), logits(wide_model)
-        with dense.merged(table[0].to(model.device)):
-            merged = logits(wide_model)
-            with _rounded_once(model, wide_model, stacked.modules):
-                floor = _relative(logits(model), exact)
-        alone = torch.cat([logits(wide_model, ids=row[None]) for row in ids])
-        error, base_error = _relative(logits(model, stacked), exact), _relative(logits(model), exact_base)
-        draws.append(
-            {
-                "error": error,
-                "base_error": base_error,
-                "error_over_base": error / base_error if base_error else 1.0,
-                "floor_over_base": floor / base_error if base_error else 1.0,
-                "float32_error": _relative(exact, merged),
-                "float32_floor": _relative(alone, exact_base),
-            }
-        )
+    judge = _Judge(model, stacked, groups, sizes)
+    draws = [judge.draw(seed) for seed in range(_N_DRAWS)]
     ratios = [draw["error_over_base"] for draw in draws]
     return {
         "dtype": str(sizes.dtype).removeprefix("torch."),
         **{name: median(draw[name] for draw in draws) for name in draws[0]},
         "error_over_base_spread": [min(ratios), max(ratios)],
     }
+
+
+class _Judge:
+    """A model and adapters beside the same in float32."""
+
+    def __init__(self, model: Any, stacked: StackedFactors, groups: Groups, sizes: Sizes) -> None:
+        self._model, self._stacked, self._groups, self._sizes = model, stacked, groups, sizes
+        self._wide_model, self._wide = copy.deepcopy(model).float(), in_float32(stacked)
+        self._dense = DenseMerge(self._wide_model, self._wide, groups)
+
+    def draw(self, seed: int) -> dict[str, float]:
+        """Return the errors for some tokens and one mixture."""
+        model, wide_model, sizes = self._model, self._wide_model, self._sizes
+        gen = torch.Generator().manual_seed(seed)
+        ids = torch.randint(3, sizes.n_vocab, (_N_ROWS, sizes.n_tokens), generator=gen).to(model.device)
+        table = draw_coefficients(sizes, 1, len(self._groups.names), seed).expand(_N_ROWS, -1, -1)
+
+        def logits(of: Any, mixed: StackedFactors | None = None, ids: Tensor = ids) -> Tensor:
+            with population(of, mixed, table, self._groups) if mixed else nullcontext():
+                found: Tensor = of(ids, use_cache=False).logits.float()
+            return found
+
+        exact, exact_base = logits(wide_model, self._wide), logits(wide_model)
+        with self._dense.merged(table[0].to(model.device)):
+            merged = logits(wide_model)
+            with _rounded_once(model, wide_model, self._stacked.modules):
+                floor = _relative(logits(model), exact)
+        alone = torch.cat([logits(wide_model, ids=row[None]) for row in ids])
+        error, base_error = (
+            _relative(logits(model, self._stacked), exact),
+            _relative(logits(model), exact_base),
+        )
+        return {
+            "error": error,
+            "base_error": base_error,
+            "error_over_base": error / base_error if base_error else 1.0,
+            "floor_over_base": floor / base_error if base_error else 1.0,
+            "float32_error": _relative(exact, merged),
+            "float32_floor": _relative(alone, exact_base),
+        }
 
 
 @contextmanager

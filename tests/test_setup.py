@@ -313,6 +313,10 @@ def test_an_objective_of_ones_own_goes_before_the_configured_one(setup, tmp_path
     [
         (["search.optimizer=CAM"], "unknown optimizer 'CAM'"),
         (["search.n_candidates=3", "search.max_evaluations=9"], "'CMA' needs at least 4 candidates"),
+        (
+            ["search.optimizer=OnePlusOne", "search.gradient.inject_every=1"],
+            "inject_every is 1, but optimizer 'OnePlusOne' with 16 candidates takes no injected ones",
+        ),
         (["objective.name=no_such_module:function"], "no_such_module"),
         (["objective.name=json:no_such_function"], "no_such_function"),
     ],
