@@ -24,7 +24,6 @@ from search.finalists import BALANCED, PRIOR, Finalist, Judgement
 from search.interruption import Interrupted, Interruption
 from search.loop import EndedBy, Progress, SearchTools
 from search.outcome import Ending, RunResult, deliver_ending
-from search.parts import find_twins
 from search.planning import choose_optimizer, set_limits
 from search.progress import ProgressLine
 from search.reserves import OPTIONAL, EndingCosts, Reserves
@@ -99,7 +98,7 @@ class Phases:
             ended_by=ended_by,
             n_unseen=n_unseen,
             left_out=self._setup.left_out,
-            twins=find_twins(self._parts.adapters),
+            twins=self._setup.twins,
             weak=steering.weak,
             back_offs=steering.budget.oom_events,
         )

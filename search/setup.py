@@ -58,6 +58,8 @@ class Setup:
     """(n_adapters,) coefficients under which all updates are equally long."""
     left_out: Mapping[str, str]
     """Name of each adapter that is not in `parts`, though configured, and why."""
+    twins: Sequence[str]
+    """Names of adapters in `parts` that are the same weights, a text for each set of them."""
 
     @property
     def adapter_configs(self) -> list[AdapterConfig]:
@@ -158,7 +160,7 @@ def make_setup(
         logging.getLogger(__name__).warning(TWINS, "; ".join(twins))
     balanced = balanced_coefficients(update_products(parts.stacked))
     first, prior = _choose_start(config, parts, balanced)
-    setup = Setup(config, parts, objective, first, prior, balanced, misfits)
+    setup = Setup(config, parts, objective, first, prior, balanced, misfits, twins)
     _check_optimizer(setup)
     return setup
 

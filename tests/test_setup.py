@@ -14,7 +14,6 @@ from search.base import load_base
 from search.config import config_hash, load_config
 from search.errors import InputError
 from search.files import sha256_file
-from search.parts import find_twins
 from search.priors import Prior, PriorBase, PriorObjective, PriorProvenance, PriorRun, save_prior
 from search.resume import Record, refuse_changes
 from search.setup import SPREAD_AT_ZERO, load_setup
@@ -245,11 +244,11 @@ def test_a_broken_adapter_is_left_out_warned_of_and_named_in_the_header(zoo, set
 def test_the_same_weights_under_two_names_are_noted_once_and_kept(zoo, setup, tmp_path, caplog):
     folder = zoo.parent / "adapters"
     shutil.copytree(folder / "expert-0", tmp_path / "copy")
-    assert find_twins(setup().parts.adapters) == []
+    assert setup().twins == []
     assert "several names" not in caplog.text
     loaded = setup(f"adapters=[{folder}/expert-0, {tmp_path}/copy, {folder}/expert-1]")
     assert loaded.parts.names == ("expert-0", "copy", "expert-1")
-    assert find_twins(loaded.parts.adapters) == ["expert-0 and copy"]
+    assert loaded.twins == ["expert-0 and copy"]
     assert caplog.text.count("the same weights under several names") == 1
     assert "a coefficient of its own: expert-0 and copy. Leave all but one out?" in caplog.text
 
