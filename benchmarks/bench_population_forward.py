@@ -34,6 +34,7 @@ from benchmarks.speed_scene import (
 from benchmarks.timing import matrix_rate, peak_gib, time_interleaved
 from search.compiled import CompiledLayers, Compiler
 from search.groups import Groups
+from search.joined import join_inputs
 from search.population import Mixtures
 from search.stack import StackedFactors
 
@@ -52,9 +53,11 @@ class ForwardScene:
         self.model = build_model(sizes, device) if model is None else model
         self.stacked, self.groups = build_stack(self.model, sizes, Q_AND_V, rank=rank)
         self._compiler = Compiler() if compiled else None
-        self._layers = CompiledLayers(self.model, self._compiler) if self._compiler else None
+        self.layers = CompiledLayers(self.model, self._compiler) if self._compiler else None
+        """Compiled, where asked for."""
         self._ids: dict[int, Tensor] = {}
         self._mixtures: dict[int, Mixtures] = {}
+        self.mixtures(self.stacked, self.groups)
 
     @property
     def compiled(self) -> bool:
@@ -71,7 +74,7 @@ class ForwardScene:
 
     def active(self) -> AbstractContextManager[None]:
         """Compiled layers, where asked for."""
-        return self._layers.active() if self._layers else nullcontext()
+        return self.layers.active() if self.layers else nullcontext()
 
     @torch.no_grad()
     def forward(self, n_rows: int, *, eager: bool = False) -> Tensor:
@@ -86,20 +89,33 @@ class ForwardScene:
             logits: Tensor = self.model(self._ids[n_rows], use_cache=False, logits_to_keep=wanted).logits
         return logits
 
-    def mixed(self, table: Tensor, stacked: StackedFactors, groups: Groups, *, eager: bool = False) -> Tensor:
-        """As `forward`, under a mixture for each row."""
+    def mixtures(self, stacked: StackedFactors, groups: Groups) -> Mixtures:
+        """Return the model's layers, wrapped once, factors joined where layers are compiled.
+
+        That makes weights views: who times or compiles something else on the model calls this before.
+        """
         key = id(stacked)
         if key not in self._mixtures:
             self._mixtures[key] = Mixtures(self.model, stacked, groups)
-        with self._mixtures[key].active(table):
+            if self.layers:
+                self._mixtures[key].rewrap(join_inputs(self.model, stacked))
+        return self._mixtures[key]
+
+    def mixed(self, table: Tensor, stacked: StackedFactors, groups: Groups, *, eager: bool = False) -> Tensor:
+        """As `forward`, under a mixture for each row."""
+        with self.mixtures(stacked, groups).active(table):
             return self.forward(len(table), eager=eager)
 
 
 def time_full_forward(scene: ForwardScene, n_tokens: int, repeats: int) -> dict[str, Any]:
-    """Compare the base with populations on q and v, and on all seven modules, in tokens/s."""
-    n_rows = scene.rows_of(n_tokens)
+    """Compare the base with populations on q and v, and on all seven modules, in tokens/s.
+
+    Passes are timed a few at once: one follows another, as in a search, while the host prepares the next.
+    """
+    n_rows, n_queued = scene.rows_of(n_tokens), max(2, 4 * scene.sizes.tokens_per_forward // n_tokens)
     table = scene.coefficients(n_rows)
     seven, groups = build_stack(scene.model, scene.sizes, ALL_SEVEN, rank=16)
+    scene.mixtures(seven, groups)
     ways: dict[str, Callable[[], object]] = {
         "base": lambda: scene.forward(n_rows),
         "population": lambda: scene.mixed(table, scene.stacked, scene.groups),
@@ -107,12 +123,15 @@ def time_full_forward(scene: ForwardScene, n_tokens: int, repeats: int) -> dict[
         "base_eager": lambda: scene.forward(n_rows, eager=True),
         "population_eager": lambda: scene.mixed(table, scene.stacked, scene.groups, eager=True),
     }
-    seconds = time_interleaved(ways, scene.device, repeats=repeats)
+    queues = {name: lambda way=way: [way() for _ in range(n_queued)] for name, way in ways.items()}
+    together = time_interleaved(queues, scene.device, repeats=repeats)
+    seconds = {name: s / n_queued for name, s in together.items()}
     tokens = n_rows * scene.sizes.n_tokens
     flops = scene.sizes.flops_per_token() * tokens
     rate = matrix_rate(scene.device, scene.sizes.dtype, 8192 if scene.device.type == "cuda" else 256)
     return {
         "tokens": tokens,
+        "passes_queued": n_queued,
         "tokens_per_s": {name: round(tokens / s) for name, s in seconds.items()},
         "of_base": round(seconds["base"] / seconds["population"], 4),
         "seven_modules_overhead": round(seconds["population_seven_modules_r16"] / seconds["base"] - 1, 4),
@@ -202,7 +221,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         for n_tokens in ((32, 96) if arguments.tiny else (256, 3456))
     ]
     del dense, peft
-    exactness = measure_exactness(scene.model, scene.stacked, scene.groups, sizes)
+    exactness = measure_exactness(scene.model, scene.stacked, scene.groups, sizes, scene.layers)
     return {
         "compiled": scene.compiled,
         "distance_from_population": agreement,

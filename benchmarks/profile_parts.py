@@ -82,7 +82,6 @@ class GenerationParts:
             "base_products": self.base_products,
             "output_product": self.output_product,
             "attention": self.attention,
-            "adapter_products": self.adapter_products,
             "decoder": self.decoder,
             "base": self.base,
             "mixed": self.mixed,
@@ -105,14 +104,6 @@ class GenerationParts:
         for batch in self.batches:
             n_scored = sum(len(self.scene.prompts.scored[prompt]) for prompt in batch.prompts)
             F.linear(self._draw(n_scored, weight.shape[1]), weight)
-
-    def adapter_products(self) -> None:
-        """A x and B h of all touched layers alone, added in place."""
-        for batch in self.batches:
-            n_tokens = batch.n_rows * self.width
-            for module in self.forward.stacked.modules.values():
-                hidden = F.linear(self._draw(n_tokens, module.A.shape[1]), module.A)
-                self._draw(n_tokens, module.B.shape[0]).addmm_(hidden, module.B.T, alpha=1e-3)
 
     def attention(self) -> None:
         """Causal attention alone, of all layers."""
@@ -188,8 +179,7 @@ def split_parts(parts: GenerationParts, ms: Mapping[str, float], flops_per_s: fl
         "attention": ms["attention"],
         "norms, rotary, elementwise, launches": ms["decoder"] - ms["base_products"] - ms["attention"],
         "output layer": ms["base"] - ms["decoder"],
-        "adapter matrix products": ms["adapter_products"],
-        "the mixture's coefficients and bookkeeping": ms["mixed"] - ms["base"] - ms["adapter_products"],
+        "adapters, each row's mixture": ms["mixed"] - ms["base"],
         "objective": ms["scored"] - ms["mixed"],
         "sums, and waiting for the host": ms["generation"] - ms["scored"],
         "ask and tell": ms["optimizer"],
@@ -198,7 +188,7 @@ def split_parts(parts: GenerationParts, ms: Mapping[str, float], flops_per_s: fl
     n_multiplied = {
         "base matrix products": parts.n_tokens * sum(weight.numel() for weight in parts.weights),
         "output layer": parts.n_scored * parts.model.get_output_embeddings().weight.numel(),
-        "adapter matrix products": parts.n_tokens * sum(m.A.numel() + m.B.numel() for m in adapters),
+        "adapters, each row's mixture": parts.n_tokens * sum(m.A.numel() + m.B.numel() for m in adapters),
     }
     floors = {name: 1000 * 2 * n / flops_per_s for name, n in n_multiplied.items()}
     return {"shares_ms": shares, "floors_ms": floors, "wall_ms": sum(shares.values())}

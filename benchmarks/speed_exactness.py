@@ -14,25 +14,34 @@ from torch import Tensor
 
 from benchmarks.speed_rivals import DenseMerge
 from benchmarks.speed_scene import Sizes, draw_coefficients, in_float32
+from search.compiled import CompiledLayers
 from search.groups import Groups
-from search.population import population
+from search.joined import join_inputs
+from search.population import Mixtures, population
 from search.stack import StackedFactors
 
 _N_ROWS, _N_DRAWS = 4, 5
 
 
 @torch.no_grad()
-def measure_exactness(model: Any, stacked: StackedFactors, groups: Groups, sizes: Sizes) -> dict[str, Any]:
+def measure_exactness(
+    model: Any,
+    stacked: StackedFactors,
+    groups: Groups,
+    sizes: Sizes,
+    layers: CompiledLayers | None = None,
+) -> dict[str, Any]:
     """Return root mean square errors of the logits, relative to those of float32; medians of five draws.
 
     A draw is of tokens and of a mixture. The reference has the same weights and factors, widened: `error`
-    over `base_error` says what the mixture adds to the rounding that the model's type costs anyway, and
-    `floor` over it what would be left if the touched layers were computed in float32 and rounded once: what
-    the mixed function makes of the other layers' rounding. `float32_error` is how far float32 is from a merge
-    whose weights were added up densely, `float32_floor` how far the float32 base is from itself with one row
-    at a time, by the order of its sums alone. Needs memory for a float32 copy of the model.
+    over `base_error` says what the mixture adds to the rounding that the model's type costs anyway, both with
+    compiled layers where there are any, and without (`_eager`). `floor` is what would be left without them if
+    the touched layers were computed in float32 and rounded once: what the mixed function makes of the other
+    layers' rounding. `float32_error` is how far float32 is from a merge whose weights were added up densely,
+    `float32_floor` how far the float32 base is from itself with one row at a time, by the order of its sums
+    alone. Needs memory for a float32 copy of the model.
     """
-    judge = _Judge(model, stacked, groups, sizes)
+    judge = _Judge(model, stacked, groups, sizes, layers)
     draws = [judge.draw(seed) for seed in range(_N_DRAWS)]
     ratios = [draw["error_over_base"] for draw in draws]
     return {
@@ -45,8 +54,18 @@ def measure_exactness(model: Any, stacked: StackedFactors, groups: Groups, sizes
 class _Judge:
     """A model and adapters beside the same in float32."""
 
-    def __init__(self, model: Any, stacked: StackedFactors, groups: Groups, sizes: Sizes) -> None:
+    def __init__(
+        self,
+        model: Any,
+        stacked: StackedFactors,
+        groups: Groups,
+        sizes: Sizes,
+        layers: CompiledLayers | None,
+    ) -> None:
         self._model, self._stacked, self._groups, self._sizes = model, stacked, groups, sizes
+        self._layers, self._mixtures = layers, Mixtures(model, stacked, groups)
+        if layers:
+            self._mixtures.rewrap(join_inputs(model, stacked))
         self._wide_model, self._wide = copy.deepcopy(model).float(), in_float32(stacked)
         self._dense = DenseMerge(self._wide_model, self._wide, groups)
 
@@ -62,21 +81,26 @@ class _Judge:
                 found: Tensor = of(ids, use_cache=False).logits.float()
             return found
 
+        def run(*, mixed: bool) -> Tensor:
+            active = self._mixtures.active(table) if mixed else nullcontext()
+            with active, self._layers.active() if self._layers else nullcontext():
+                return logits(model)
+
         exact, exact_base = logits(wide_model, self._wide), logits(wide_model)
         with self._dense.merged(table[0].to(model.device)):
             merged = logits(wide_model)
             with _rounded_once(model, wide_model, self._stacked.modules):
                 floor = _relative(logits(model), exact)
         alone = torch.cat([logits(wide_model, ids=row[None]) for row in ids])
-        error, base_error = (
-            _relative(logits(model, self._stacked), exact),
-            _relative(logits(model), exact_base),
-        )
+        error, base_error = _relative(run(mixed=True), exact), _relative(run(mixed=False), exact_base)
+        eager = _relative(logits(model, self._stacked), exact)
+        base_eager = _relative(logits(model), exact_base)
         return {
             "error": error,
             "base_error": base_error,
             "error_over_base": error / base_error if base_error else 1.0,
-            "floor_over_base": floor / base_error if base_error else 1.0,
+            "error_over_base_eager": eager / base_eager if base_eager else 1.0,
+            "floor_over_base": floor / base_eager if base_eager else 1.0,
             "float32_error": _relative(exact, merged),
             "float32_floor": _relative(alone, exact_base),
         }

@@ -135,9 +135,9 @@ def _details(latest: Mapping[str, Row]) -> list[str]:
         exactness = row["exactness"]
         low, high = exactness["error_over_base_spread"]
         found.append(
-            f"The bfloat16 error is {low:.3f} to {high:.3f} of the base's own over five draws; it would "
-            f"be {exactness['floor_over_base']:.3f} with the touched layers computed in float32 and rounded "
-            "once. "
+            f"The bfloat16 error is {low:.3f} to {high:.3f} of the base's own over five draws, uncompiled "
+            f"{exactness['error_over_base_eager']:.3f}; it would be {exactness['floor_over_base']:.3f} with "
+            "the touched layers computed in float32 and rounded once. "
             f"The float32 base differs from itself, a row at a time, by {exactness['float32_floor']:.1e} "
             "(relative root mean square of logits)."
         )

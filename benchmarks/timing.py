@@ -3,6 +3,7 @@
 Knows clocks and devices; not what is timed.
 """
 
+import random
 import time
 from collections.abc import Callable, Mapping
 from statistics import median
@@ -15,15 +16,16 @@ def time_interleaved(
 ) -> dict[str, float]:
     """Call all functions in turn, again and again; return each one's median seconds.
 
-    Interleaved, so that a device that grows warm or busy slows all alike; the clock starts and stops with
-    nothing left to do on the device.
+    Interleaved, so that a device that grows warm or busy slows all alike, and in a new order each time: a
+    device is faster after what left it cool. The clock starts and stops with nothing left to do there.
     """
     for function in functions.values():
         for _ in range(warm_ups):
             function()
     seconds: dict[str, list[float]] = {name: [] for name in functions}
+    orders = random.Random(0)
     for _ in range(repeats):
-        for name, function in functions.items():
+        for name, function in orders.sample(list(functions.items()), len(functions)):
             _synchronise(device)
             started_s = time.perf_counter()
             function()

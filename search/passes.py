@@ -14,6 +14,7 @@ from torch import Tensor
 from search.compiled import CompiledLayers, Compiler, choose_widths, pad_to, row_sizes
 from search.experts import AT_ONCE, ExpertSignals, TokenBudget, log_softmax, scored_logits, widened_logp
 from search.groups import Groups
+from search.joined import join_inputs
 from search.objective import Objective, disagreement
 from search.population import Mixtures, send
 from search.prompts import PromptSet
@@ -38,6 +39,8 @@ class Passes:
         """Choose the shapes; nothing is compiled before the first pass."""
         self._model, self._shape = model, (len(groups.names), stacked.n_adapters)
         self._mixtures = Mixtures(model, stacked, groups)
+        if compiled:
+            self._mixtures.rewrap(join_inputs(model, stacked))
         self._prompts, self._signals = prompts, signals
         self._compiler = Compiler() if compiled else None
         self._layers = CompiledLayers(model, self._compiler) if self._compiler else None

@@ -3,7 +3,7 @@
 Knows stacks, groups and modules by name; not prompts, losses or candidates.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -40,6 +40,13 @@ class Mixtures:
             siblings, attribute, layer = _find_layer(model, name)
             place = siblings, attribute, layer, MixedLinear(name, layer, module), groups.group_of[name]
             self._places.append(place)
+
+    def rewrap(self, layers: Mapping[str, "MixedLinear"]) -> None:
+        """Run modules, by name, through other mixed layers from here on."""
+        self._places = [
+            (siblings, attribute, layer, layers.get(mixed.name, mixed), group)
+            for siblings, attribute, layer, mixed, group in self._places
+        ]
 
     @contextmanager
     def active(self, coefficients: Tensor) -> Iterator[nn.Module]:
@@ -150,13 +157,8 @@ class MixedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x (n_rows, n_tokens, d_in) to (n_rows, n_tokens, d_out)."""
-        n_rows = self.coefficients.shape[0]
-        if x.ndim != 3 or x.shape[0] != n_rows:
-            raise ValueError(
-                f"{self.name}: input of shape {tuple(x.shape)}, expected (n_rows, n_tokens, d_in) "
-                f"with n_rows = {n_rows}: one row of the batch for each row of the coefficients"
-            )
-        compiling = HAS_CUSTOM_OPS and torch.compiler.is_compiling()
+        self.check_rows(x)
+        compiling = is_compiling()
         if not compiling and self.idle:
             return self.layer(x)  # type: ignore[no-any-return]
         c = self.coefficients[:, self.module.owner]  # (n_rows, total_rank)
@@ -170,6 +172,20 @@ class MixedLinear(nn.Module):
             output = self.layer(x)
             add(output, hidden, self.module.B)
         return output
+
+    def check_rows(self, x: Tensor) -> None:
+        """Refuse (ValueError) an input whose rows are not as many as the coefficients'."""
+        n_rows = self.coefficients.shape[0]
+        if x.ndim != 3 or x.shape[0] != n_rows:
+            raise ValueError(
+                f"{self.name}: input of shape {tuple(x.shape)}, expected (n_rows, n_tokens, d_in) "
+                f"with n_rows = {n_rows}: one row of the batch for each row of the coefficients"
+            )
+
+
+def is_compiling() -> bool:
+    """Say whether a compiler is tracing what is run."""
+    return HAS_CUSTOM_OPS and torch.compiler.is_compiling()
 
 
 def folded_weights(model: nn.Module, updates: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:

@@ -71,12 +71,15 @@ def test_flops_are_two_a_weight_of_the_layers():
     assert len(build_stack(model, TINY, ALL_SEVEN, rank=2)[0].modules) == 7 * TINY.n_layers
 
 
-def test_functions_are_timed_in_turn():
+def test_functions_are_timed_in_turn_in_changing_orders():
     calls = []
-    ways = {name: lambda name=name: calls.append(name) for name in "ab"}
-    seconds = time_interleaved(ways, CPU, repeats=3, warm_ups=1)
-    assert "".join(calls) == "ab" + "ab" * 3
-    assert seconds.keys() == set("ab")
+    ways = {name: lambda name=name: calls.append(name) for name in "abc"}
+    seconds = time_interleaved(ways, CPU, repeats=8, warm_ups=1)
+    rounds = ["".join(calls[start : start + 3]) for start in range(0, len(calls), 3)]
+    assert rounds[0] == "abc"
+    assert {"".join(sorted(own)) for own in rounds} == {"abc"}
+    assert len(set(rounds)) > 3
+    assert list(seconds) == list("abc")
 
 
 def test_errors_are_told_from_those_that_the_mixture_cannot_help():
@@ -89,6 +92,7 @@ def test_errors_are_told_from_those_that_the_mixture_cannot_help():
     assert 1e-3 < found["base_error"] < 0.1
     assert 0.5 < found["floor_over_base"] < 1.5
     assert found["float32_error"] < 1e-5
+    assert found["error_over_base"] == found["error_over_base_eager"]
 
     wide_model, x = copy.deepcopy(model).float(), torch.randn(3, sizes.d_model).bfloat16()
     names = ["model.layers.1.self_attn.q_proj"]

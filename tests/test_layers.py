@@ -55,7 +55,8 @@ LAYERS = (
     },
     {"balance", "forecast", "merge", "parts", "pin", "population", "progress", "reserves", "resume", "stages"}
     | {"summary"},
-    {"compress", "delivery", "diagnosis", "drafts", "folding", "planning", "trust", "verify_record"},
+    {"compress", "delivery", "diagnosis", "drafts", "folding", "joined", "planning", "trust"}
+    | {"verify_record"},
     {"diagnosis_text", "export", "prompts", "statement", "verify_answers"},
     {"experts"},
     {"passes"},

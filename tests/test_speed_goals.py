@@ -24,6 +24,7 @@ def forward_line(**changes):
         "candidates": [part | {"tokens_a_candidate": n} for n in (256, 3_456)],
         "exactness": {
             **{"error_over_base": 1.04, "error_over_base_spread": [1.03, 1.06], "floor_over_base": 1.035},
+            "error_over_base_eager": 1.045,
             **{"float32_error": 2e-5, "float32_floor": 1.5e-5},
         },
     }
@@ -45,6 +46,7 @@ def test_each_goal_says_what_was_wanted_what_was_measured_and_whether_it_is_met(
     assert "c0ffee" in text
     assert "by 1.5e-05" in text
     assert "1.030 to 1.060 of the base's own" in text
+    assert "uncompiled 1.045" in text
     assert "would be 1.035" in text
 
 
