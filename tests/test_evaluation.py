@@ -198,6 +198,22 @@ def test_the_time_to_answer_is_measured_on_few_batches(monkeypatch):
     assert estimate_seconds(method, [], measure_rates(method, [])) == 0
 
 
+def test_a_first_token_that_took_longer_than_all_is_no_rate(monkeypatch):
+    method = SlowMethod(monkeypatch)
+    usual = measure_rates(method, make_queries())
+    generate = method.generate
+
+    def stall_at_one(batch):
+        method.slower = 100.0 if method.max_gen_len == 1 else 1.0
+        return generate(batch)
+
+    monkeypatch.setattr(method, "generate", stall_at_one)
+    rates = measure_rates(method, make_queries())
+    sized = size_queries(make_queries(), method.input_tokenizer, method.target_tokenizer, 9)
+    assert rates.write_s == 0
+    assert rates.seconds(sized, 9) == pytest.approx(usual.seconds(sized, 9), rel=0.2)
+
+
 @pytest.mark.parametrize("share", [0.9, 0.5, 0.1, 0.0])
 @pytest.mark.parametrize("slower", [1.0, 2.0])
 def test_answers_that_would_be_late_are_shortened_then_guessed_and_choices_are_read(

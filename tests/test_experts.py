@@ -75,7 +75,7 @@ def test_signals_are_each_prompts_own_experts(toy_model, toy_adapters, tokens_pe
     stacked, groups = stack(toy_adapters("llama"))
     budget = tokens_per_forward and TokenBudget(tokens_per_forward)
     signals = expert_signals(model, stacked, groups, prompts, budget)
-    kl = [[], [], []]
+    kl, entropies = [[], [], []], torch.zeros(3, 2, dtype=torch.float64)  # the expert's, the base's
     expected = []
     for prompt, expert in enumerate(prompts.expert):
         one_hot = torch.zeros(1, len(groups.names), 3)
@@ -83,10 +83,13 @@ def test_signals_are_each_prompts_own_experts(toy_model, toy_adapters, tokens_pe
         with population(model, stacked, one_hot, groups):
             logp = logp_alone(model, prompts, prompt)
         expected.append(logp)
-        own = (logp.exp() * (logp - logp_alone(model, prompts, prompt))).sum(-1)
+        base_logp = logp_alone(model, prompts, prompt)
+        own = (logp.exp() * (logp - base_logp)).sum(-1)
         kl[expert].append(own.max().item())
+        entropies[expert] -= torch.stack([(p.exp() * p).sum() for p in (logp, base_logp)])
     torch.testing.assert_close(signals.logp(torch.arange(len(torch.cat(expected)))), torch.cat(expected))
     np.testing.assert_allclose(signals.peak_kl, [np.mean(own) for own in kl])
+    np.testing.assert_allclose(signals.entropy_ratio, entropies[:, 0] / entropies[:, 1])
     assert signals.next_tokens.tolist() == [
         ids[t + 1] for ids, scored in zip(prompts.ids, prompts.scored, strict=True) for t in scored
     ]

@@ -168,6 +168,7 @@ def test_an_objective_is_a_known_name_or_a_function_of_ones_own():
             ["objective.name: found 'accuracy', expected package.module:function or one of entropy_excess"],
         ),
         ("objective: {name: 'a b:c'}", ["objective.name: found 'a b:c', expected package.module:function"]),
+        ("objective: {name: 'a:b c'}", ["objective.name: found 'a:b c', expected package.module:function"]),
         ("objective: {name: 'module:'}", ["objective.name: found 'module:'"]),
     ],
 )
