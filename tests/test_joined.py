@@ -1,6 +1,9 @@
 """Joined factors against layers as they are: outputs, gradients, memory, and which layers are joined."""
 
 import copy
+import gc
+import weakref
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -44,9 +47,7 @@ def run(model, stacked, groups, *, joined, grad=False, compiled=True):
         mixtures.rewrap(join_inputs(model, stacked))
     with torch.set_grad_enabled(grad), mixtures.active(table):
         ids = random_ids(N_ROWS, 8)
-        if not compiled:
-            return model(ids, use_cache=False).logits
-        with layers.active():
+        with layers.active() if compiled else nullcontext():
             logits = model(ids, use_cache=False).logits
     return (logits, torch.autograd.grad(logits.square().sum(), table)[0]) if grad else logits
 
@@ -55,7 +56,7 @@ def run(model, stacked, groups, *, joined, grad=False, compiled=True):
 def test_outputs_are_those_of_layers_as_they_are(architecture, toy_adapters):
     model = make_model(architecture)
     stacked, groups = stack(toy_adapters(architecture))
-    expected = run(model, stacked, groups, joined=False)
+    expected = run(model, stacked, groups, joined=False, compiled=False)
     torch.testing.assert_close(run(model, stacked, groups, joined=True), expected)
     assert (expected - model(random_ids(N_ROWS, 8)).logits).abs().max() > 0.1
 
@@ -63,8 +64,8 @@ def test_outputs_are_those_of_layers_as_they_are(architecture, toy_adapters):
 def test_gradients_are_those_of_layers_as_they_are(toy_adapters):
     model = make_model("llama")
     stacked, groups = stack(toy_adapters("llama"))
-    expected, found = (run(model, stacked, groups, joined=flag, grad=True) for flag in (False, True))
-    torch.testing.assert_close(found, expected)
+    expected = run(model, stacked, groups, joined=False, grad=True, compiled=False)
+    torch.testing.assert_close(run(model, stacked, groups, joined=True, grad=True), expected)
 
 
 def test_uncompiled_a_joined_layer_is_as_it_was_bit_for_bit(toy_adapters):
@@ -135,6 +136,21 @@ def test_any_order_of_calls_and_any_inputs_give_the_same(order, shared):
     torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.parametrize("order", ["q", "qk"])
+def test_an_input_that_comes_again_after_a_pass_without_the_last_layer_is_not_taken_for_the_old(order):
+    model, one = Attention(), random_input()
+    layers = join_inputs(model, stack_on(model, NAMES))
+    run_compiled = torch.compile(lambda: [layers[f"{name}_proj"](one) for name in order])
+    for seed in range(3):
+        for layer in layers.values():
+            layer.coefficients = torch.randn(2, N_ADAPTERS, generator=torch.Generator().manual_seed(seed))
+        found = run_compiled()
+        torch.testing.assert_close(
+            found, [MixedLinear.forward(layers[f"{name}_proj"], one) for name in order]
+        )
+        one.mul_(1.5)
+
+
 def test_nothing_is_kept_after_the_last_layer_of_an_input():
     model, one = Attention(), random_input()
     _, layers = outputs(model, stack_on(model, NAMES), dict.fromkeys("qkv", one), "qkv", wrapped=True)
@@ -168,6 +184,26 @@ def test_joined_again_they_are_the_same():
     expected, _ = outputs(model, stacked, inputs, "qkv", wrapped=False)
     join_inputs(model, stacked)
     torch.testing.assert_close(outputs(model, stacked, inputs, "qkv", wrapped=True)[0], expected)
+
+
+def test_what_was_joined_before_is_freed_when_its_layers_are_gone():
+    model = Attention()
+    before = [weakref.ref(layer.joined) for layer in join_inputs(model, stack_on(model, NAMES)).values()]
+    gc.disable()
+    try:
+        after = join_inputs(model, stack_on(model, NAMES, seed=1))
+    finally:
+        gc.enable()
+    assert len(after) == len(before) == 3
+    assert not any(joined() is not None for joined in before)
+
+
+def test_weights_with_gradients_leave_none_in_what_is_joined():
+    model = Attention().requires_grad_(True)
+    stacked = stack_on(model, NAMES)
+    joined = join_inputs(model, stacked)
+    assert not any(layer.joined.requires_grad or layer.module.B.requires_grad for layer in joined.values())
+    assert all(parameter.requires_grad and parameter.is_leaf for parameter in model.parameters())
 
 
 @pytest.mark.parametrize(
