@@ -81,7 +81,8 @@ def join_inputs(model: nn.Module, stacked: StackedFactors) -> dict[str, MixedLin
         model: its layers are found by name.
         stacked: factors on the model's device and in its type.
     """
-    gc.collect()  # layers that a search before this one joined hold each other, and the weights a second time
+    if not all(weight.is_contiguous() for weight in model.parameters()):
+        gc.collect()  # what an earlier search joined are layers that hold each other, and these weights
     joined: dict[str, MixedLinear] = {}
     for names in _share_inputs(stacked):
         own = [MixedLinear(name, model.get_submodule(name), stacked.modules[name]) for name in names]

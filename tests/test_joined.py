@@ -52,7 +52,13 @@ def run(model, stacked, groups, *, joined, grad=False, compiled=True):
     return (logits, torch.autograd.grad(logits.square().sum(), table)[0]) if grad else logits
 
 
-@pytest.mark.parametrize("architecture", ["llama", "mistral", "qwen2", "gemma2", "gpt2"])
+@pytest.mark.parametrize(
+    "architecture",
+    [
+        *("llama", "qwen2", "gpt2"),
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("mistral", "gemma2")),
+    ],
+)
 def test_outputs_are_those_of_layers_as_they_are(architecture, toy_adapters):
     model = make_model(architecture)
     stacked, groups = stack(toy_adapters(architecture))
