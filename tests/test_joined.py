@@ -28,7 +28,7 @@ def graphs_alone(monkeypatch):
     """
     torch._dynamo.reset()
     compile_ = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda f, **how: compile_(f, **how, backend="aot_eager"))
+    monkeypatch.setattr(torch, "compile", lambda f, **how: compile_(f, **{"backend": "aot_eager"} | how))
 
 
 def stack_on(model: nn.Module, names: list[str], rank: int = 2, seed: int = 0) -> StackedFactors:
@@ -79,7 +79,8 @@ def test_gradients_are_those_of_layers_as_they_are(toy_adapters):
     torch.testing.assert_close(run(model, stacked, groups, joined=True, grad=True), expected)
 
 
-def test_uncompiled_a_joined_layer_is_as_it_was_bit_for_bit(toy_adapters):
+def test_uncompiled_a_joined_layer_is_as_it_was_bit_for_bit(toy_adapters, monkeypatch):
+    monkeypatch.setattr("search.joined.SharedInput.hidden_of", None)
     model = make_model("llama")
     stacked, groups = stack(toy_adapters("llama"))
     expected, found = (run(model, stacked, groups, joined=flag, compiled=False) for flag in (False, True))
@@ -127,8 +128,8 @@ def outputs(model, stacked, inputs, order, wrapped):
     layers = {name: MixedLinear(name, model.get_submodule(name), m) for name, m in stacked.modules.items()}
     if wrapped:
         layers |= join_inputs(model, stacked)
-    for name, layer in layers.items():
-        layer.coefficients = coefficients + len(name)
+    for place, (name, layer) in enumerate(layers.items()):
+        layer.coefficients = coefficients + place
         setattr(model, name, layer)
     call = partial(model, inputs, order)
     if wrapped:
@@ -146,6 +147,27 @@ def test_any_order_of_calls_and_any_inputs_give_the_same(order, shared):
     found, layers = outputs(model, stacked, inputs, order, wrapped=True)
     assert all(isinstance(layer, JoinedLinear) for layer in layers.values())
     torch.testing.assert_close(found, expected)
+
+
+def test_compiled_there_is_one_product_for_all_layers_of_an_input_and_one_for_each():
+    layers, graphs = join_inputs(model := Attention(), stack_on(model, NAMES)), []
+    for layer in layers.values():
+        layer.coefficients = torch.ones(2, N_ADAPTERS)
+    one = random_input()
+    torch.compile(
+        lambda: [layers[f"{name}_proj"](one) for name in "qkv"],
+        backend=lambda graph, _: graphs.append(graph) or graph,
+    )()
+    (graph,) = graphs
+    n_products = sum(node.target is torch.nn.functional.linear for node in graph.graph.nodes)
+    assert n_products == 1 + 3
+
+
+def test_only_layers_of_one_module_share_an_input():
+    model = nn.ModuleList([Attention(), Attention()])
+    joined = join_inputs(model, stack_on(model, [f"{place}.{name}" for name in NAMES for place in (0, 1)]))
+    found = {tuple(layer.name for layer in shared.layers) for shared in {j._shared for j in joined.values()}}
+    assert found == {tuple(f"{place}.{name}_proj" for name in "qkv") for place in (0, 1)}
 
 
 @pytest.mark.parametrize("order", ["q", "qk"])
