@@ -4,6 +4,7 @@ Knows a model's layers and stacks by name; not prompts, candidates or compilers.
 where a GPU rounds a product before adding it to another, and a wide output is not read and written again.
 """
 
+import gc
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -33,8 +34,11 @@ class SharedInput:
         self._hidden: tuple[Tensor, ...] = ()
 
     def hidden_of(self, place: int, x: Tensor) -> Tensor:
-        """Return c * (A x), (n_rows, n_tokens, total_rank), of the layer at a place."""
-        if self._x is not x:
+        """Return c * (A x), (n_rows, n_tokens, total_rank), of the layer at a place.
+
+        The first takes it anew, also for a tensor that it had before: coefficients or content may be others.
+        """
+        if place == 0 or self._x is not x:
             c = torch.cat([layer.coefficients[:, layer.module.owner] for layer in self.layers], dim=1)
             hidden = F.linear(x, self.A).mul_(c[:, None, :])
             ranks = [len(layer.module.owner) for layer in self.layers]
@@ -51,7 +55,7 @@ class JoinedLinear(MixedLinear):
     def __init__(
         self, name: str, layer: nn.Module, module: StackedModule, shared: SharedInput, joined: Tensor
     ) -> None:
-        """Wrap a Linear without bias, the next of its input's; joined, [W B], is (d_out, d_in + rank)."""
+        """Wrap a Linear without bias, its input's next; joined, [W B], is (d_out, d_in + total_rank)."""
         super().__init__(name, layer, module)
         self.joined = joined
         self._shared, self._place = shared, len(shared.layers)
@@ -65,6 +69,7 @@ class JoinedLinear(MixedLinear):
         return F.linear(torch.cat([x, self._shared.hidden_of(self._place, x)], dim=-1), self.joined)
 
 
+@torch.no_grad()
 def join_inputs(model: nn.Module, stacked: StackedFactors) -> dict[str, MixedLinear]:
     """Join the factors of layers for which that pays; return what is to be put in these layers' places.
 
@@ -76,6 +81,8 @@ def join_inputs(model: nn.Module, stacked: StackedFactors) -> dict[str, MixedLin
         model: its layers are found by name.
         stacked: factors on the model's device and in its type.
     """
+    if not all(weight.is_contiguous() for weight in model.parameters()):
+        gc.collect()  # what an earlier search joined are layers that hold each other, and these weights
     joined: dict[str, MixedLinear] = {}
     for names in _share_inputs(stacked):
         own = [MixedLinear(name, model.get_submodule(name), stacked.modules[name]) for name in names]
