@@ -7,6 +7,7 @@ JSON on stdout at the end, everything else on stderr.
 import argparse
 import json
 import logging
+import math
 import signal
 import sys
 import threading
@@ -150,7 +151,7 @@ def _search(config: SearchConfig, output: Path) -> Outcome:
     document = {
         "output": str(output),
         "winner": result.winner,
-        "loss": result.loss,
+        "loss": result.loss if math.isfinite(result.loss) else None,  # NaN is no JSON
         "evaluations": result.evaluations,
         "ended_by": result.ended_by,
     }

@@ -106,7 +106,7 @@ class SearchSettings(ConfigSection):
     """How long, how wide and how the search looks for coefficients."""
 
     time_box_s: Positive = 1200.0
-    """Wall-clock ceiling of the whole run, from process start to the merge."""
+    """Wall-clock ceiling of the whole run, from process start to the merge; to main.py's last answer."""
     max_evaluations: Count = 2000
     """Candidates scored at most; reached before the clock, a run is reproducible."""
     n_candidates: Annotated[int, Field(ge=2, le=100_000)] = 16
@@ -116,7 +116,7 @@ class SearchSettings(ConfigSection):
     """"CMA", or any name in nevergrad's registry."""
     space: SpaceSettings = SpaceSettings()
     stages: tuple[StageSettings, ...] = ()
-    """Coarse to fine: each starts from the best and the spread of the one before. None for `space` alone."""
+    """Coarse to fine: each goes on from mean, spread and best of those before. None for `space` alone."""
     race_keep: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Share of candidates that goes on to 1 / race_keep times the prompts; null scores all on all prompts."""
     gradient: GradientSettings = GradientSettings()

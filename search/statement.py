@@ -43,9 +43,11 @@ def _opening(record: RunRecord) -> str:
     header, merged = record.header, record.merged
     n_adapters = len(header["adapters"])
     winner = escape_text(merged["winner"])
+    is_found = merged["winner"].startswith(("archive ", "mean", "refined"))  # else a reference
+    whence = "that a search found" if is_found else "that need no search,"
     return (
         f"{n_adapters} adapters of {escape_text(header['config']['base']['name'])}, merged by coefficients "
-        f"that a search found without data. The merge that won is `{winner}`; coefficients.json has it."
+        f"{whence} without data. The merge that won is `{winner}`; coefficients.json has it."
     )
 
 

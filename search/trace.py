@@ -196,12 +196,13 @@ class Trace:
         return standing
 
     @classmethod
-    def load(cls, path: Path) -> "Trace":
+    def load(cls, path: Path | str) -> "Trace":
         """Read a trace; a last line that was cut off while written is left out.
 
         Raises:
             InputError: for a file without header, of a newer schema, or damaged before its last line.
         """
+        path = Path(path)
         lines, n_bytes = _read_lines(path)
         if not lines or lines[0].get("kind") != "header":
             raise InputError(

@@ -76,6 +76,7 @@ def test_the_readme_says_how_each_rule_was_kept_from_the_run_itself(run, tmp_pat
     for adapter in header["adapters"]:
         assert f"| {adapter['name']} |" in text
         assert adapter["sha256"] in text
+    assert "merged by coefficients that a search found without data. The merge that won is" in text
     assert "Adapters whose prompts leave doubt: expert-0, expert-1, expert-2." in text
     assert all(len(line) < 700 for line in text.splitlines())
 
@@ -107,7 +108,9 @@ def test_a_run_that_had_no_time_to_search_says_so(tmp_path, capsys, quick):
     capsys.readouterr()
     assert submit(capsys, folder / RUN, tmp_path / "submission")[0] == 0
     text = (tmp_path / "submission/README.md").read_text()
-    assert "The merge that won is `balanced`" in text
+    assert (
+        "merged by coefficients that need no search, without data. The merge that won is `balanced`" in text
+    )
     assert "How it ended: no time to search" in text
     assert "Nothing was searched, for want of time, so nothing was compared." in text
 

@@ -4,11 +4,13 @@ import copy
 import gc
 import json
 import os
+import re
 import resource
 import signal
 import sys
 import weakref
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -173,6 +175,20 @@ def test_the_header_says_what_the_run_depends_on(finished, zoo):
     assert (header["groups"], header["left_out"]) == (["model"], {})
     assert (header["device"], header["dtype"]) == ("cpu", "float32")
     assert torch.__version__.startswith(header["versions"]["torch"])  # the wheel may leave out "+cu124"
+
+
+def test_the_page_on_the_trace_names_every_field_that_is_written(finished):
+    _, trace, _ = finished
+    page = (Path(__file__).parents[1] / "docs/TRACE.md").read_text(encoding="utf-8")
+    named = {
+        name: set(re.findall(r"`(\w+)`", row))
+        for row in page.splitlines()
+        for name in re.findall(r"`(\w+)`", row.split(" | ")[0])
+        if row.startswith("| `")
+    }
+    assert trace.header.keys() <= named.keys()
+    for event in trace.events:
+        assert event.keys() - {"kind", "event"} <= named[event["event"]]
 
 
 def test_the_trace_tells_the_whole_run_in_order_and_pandas_reads_it(finished):

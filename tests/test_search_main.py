@@ -51,6 +51,14 @@ def test_a_run_writes_its_folder_and_one_json_line(zoo, capsys):
     assert f"winner: {outcome['winner']}, loss" in err
 
 
+def test_without_time_for_a_search_the_line_is_json_all_the_same(zoo, capsys):
+    assert run(zoo, "--set", *QUICK, "search.time_box_s=0.01") == 0
+    outcome = json.loads(
+        capsys.readouterr().out, parse_constant=lambda name: pytest.fail(f"{name} is no JSON")
+    )
+    assert (outcome["winner"], outcome["loss"], outcome["ended_by"]) == ("balanced", None, "clock")
+
+
 def test_it_runs_as_a_module(zoo, here, monkeypatch, capsys):
     command = ["search", "run", str(zoo), "--out", "deep/out", "--set", *QUICK]
     monkeypatch.setattr(sys, "argv", command)

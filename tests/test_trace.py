@@ -104,6 +104,10 @@ def test_numbers_that_are_not_finite_are_null_in_the_file_and_nan_in_memory(tmp_
     assert read.generations[0].peak_bytes is None
 
 
+def test_a_path_may_be_text(path):
+    assert Trace.load(str(path)).n_bytes == Trace.load(path).n_bytes == path.stat().st_size
+
+
 def test_pandas_reads_a_trace(path):
     table = pd.read_json(path, lines=True)
     assert table["kind"].tolist() == ["header", "generation", "event", "generation"]
