@@ -53,8 +53,7 @@ class ForwardScene:
         self.model = build_model(sizes, device) if model is None else model
         self.stacked, self.groups = build_stack(self.model, sizes, Q_AND_V, rank=rank)
         self._compiler = Compiler() if compiled else None
-        self.layers = CompiledLayers(self.model, self._compiler) if self._compiler else None
-        """Compiled, where asked for."""
+        self._layers = CompiledLayers(self.model, self._compiler) if self._compiler else None
         self._ids: dict[int, Tensor] = {}
         self._mixtures: dict[int, Mixtures] = {}
         self.mixtures(self.stacked, self.groups)
@@ -74,7 +73,7 @@ class ForwardScene:
 
     def active(self) -> AbstractContextManager[None]:
         """Compiled layers, where asked for."""
-        return self.layers.active() if self.layers else nullcontext()
+        return self._layers.active() if self._layers else nullcontext()
 
     @torch.no_grad()
     def forward(self, n_rows: int, *, eager: bool = False) -> Tensor:
@@ -97,7 +96,7 @@ class ForwardScene:
         key = id(stacked)
         if key not in self._mixtures:
             self._mixtures[key] = Mixtures(self.model, stacked, groups)
-            if self.layers:
+            if self._layers:
                 self._mixtures[key].rewrap(join_inputs(self.model, stacked))
         return self._mixtures[key]
 
@@ -107,19 +106,20 @@ class ForwardScene:
             return self.forward(len(table), eager=eager)
 
 
-def time_full_forward(scene: ForwardScene, n_tokens: int, repeats: int) -> dict[str, Any]:
-    """Compare the base with populations on q and v, and on all seven modules, in tokens/s.
+def time_full_forward(
+    scene: ForwardScene, seven: tuple[StackedFactors, Groups], n_tokens: int, repeats: int
+) -> dict[str, Any]:
+    """Compare the base with populations on q and v, and on all `seven` modules, in tokens/s.
 
     Passes are timed a few at once: one follows another, as in a search, while the host prepares the next.
     """
     n_rows, n_queued = scene.rows_of(n_tokens), max(2, 4 * scene.sizes.tokens_per_forward // n_tokens)
     table = scene.coefficients(n_rows)
-    seven, groups = build_stack(scene.model, scene.sizes, ALL_SEVEN, rank=16)
-    scene.mixtures(seven, groups)
+    scene.mixtures(*seven)
     ways: dict[str, Callable[[], object]] = {
         "base": lambda: scene.forward(n_rows),
         "population": lambda: scene.mixed(table, scene.stacked, scene.groups),
-        "population_seven_modules_r16": lambda: scene.mixed(table, seven, groups),
+        "population_seven_modules_r16": lambda: scene.mixed(table, *seven),
         "base_eager": lambda: scene.forward(n_rows, eager=True),
         "population_eager": lambda: scene.mixed(table, scene.stacked, scene.groups, eager=True),
     }
@@ -215,13 +215,15 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     agreement = check_ways(scene, dense, peft)
     repeats = arguments.repeats
     factors = (1, 2) if not arguments.tiny else (1,)
-    full = [time_full_forward(scene, factor * sizes.tokens_per_forward, repeats) for factor in factors]
+    seven = build_stack(scene.model, sizes, ALL_SEVEN, rank=16)
+    full = [time_full_forward(scene, seven, factor * sizes.tokens_per_forward, repeats) for factor in factors]
     candidates = [
         time_candidates(scene, dense, peft, n_tokens, repeats)
         for n_tokens in ((32, 96) if arguments.tiny else (256, 3456))
     ]
     del dense, peft
-    exactness = measure_exactness(scene.model, scene.stacked, scene.groups, sizes, scene.layers)
+    case = scene.stacked, scene.groups
+    exactness = measure_exactness(scene.model, *case, sizes, scene.mixtures(*case), scene.active)
     return {
         "compiled": scene.compiled,
         "distance_from_population": agreement,

@@ -4,8 +4,8 @@ Knows models and stacks; not time.
 """
 
 import copy
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from statistics import median
 from typing import Any
 
@@ -14,9 +14,7 @@ from torch import Tensor
 
 from benchmarks.speed_rivals import DenseMerge
 from benchmarks.speed_scene import Sizes, draw_coefficients, in_float32
-from search.compiled import CompiledLayers
 from search.groups import Groups
-from search.joined import join_inputs
 from search.population import Mixtures, population
 from search.stack import StackedFactors
 
@@ -29,20 +27,22 @@ def measure_exactness(
     stacked: StackedFactors,
     groups: Groups,
     sizes: Sizes,
-    layers: CompiledLayers | None = None,
+    mixtures: Mixtures | None = None,
+    active: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> dict[str, Any]:
     """Return root mean square errors of the logits, relative to those of float32; medians of five draws.
 
     A draw is of tokens and of a mixture. The reference has the same weights and factors, widened: `error`
-    over `base_error` says what the mixture adds to the rounding that the model's type costs anyway, both with
-    compiled layers where there are any, and without (`_eager`). `floor` is what would be left without them if
-    the touched layers were computed in float32 and rounded once: what the mixed function makes of the other
-    layers' rounding. `float32_error` is how far float32 is from a merge whose weights were added up densely,
-    `float32_floor` how far the float32 base is from itself with one row at a time, by the order of its sums
-    alone. Needs memory for a float32 copy of the model.
+    over `base_error` says what the mixture adds to the rounding that the model's type costs anyway, both by
+    `mixtures` and within `active`, as a search runs them, and without (`_eager`). `floor` is what would be
+    left without them if the touched layers were computed in float32 and rounded once: what the mixed function
+    makes of the other layers' rounding. `float32_error` is how far float32 is from a merge whose weights were
+    added up densely, `float32_floor` how far the float32 base is from itself with one row at a time, by the
+    order of its sums alone. Needs memory for a float32 copy of the model.
     """
-    judge = _Judge(model, stacked, groups, sizes, layers)
-    draws = [judge.draw(seed) for seed in range(_N_DRAWS)]
+    judge = _Judge(model, stacked, groups, sizes)
+    run = mixtures or Mixtures(model, stacked, groups), active
+    draws = [judge.draw(seed, *run) for seed in range(_N_DRAWS)]
     ratios = [draw["error_over_base"] for draw in draws]
     return {
         "dtype": str(sizes.dtype).removeprefix("torch."),
@@ -54,22 +54,14 @@ def measure_exactness(
 class _Judge:
     """A model and adapters beside the same in float32."""
 
-    def __init__(
-        self,
-        model: Any,
-        stacked: StackedFactors,
-        groups: Groups,
-        sizes: Sizes,
-        layers: CompiledLayers | None,
-    ) -> None:
+    def __init__(self, model: Any, stacked: StackedFactors, groups: Groups, sizes: Sizes) -> None:
         self._model, self._stacked, self._groups, self._sizes = model, stacked, groups, sizes
-        self._layers, self._mixtures = layers, Mixtures(model, stacked, groups)
-        if layers:
-            self._mixtures.rewrap(join_inputs(model, stacked))
         self._wide_model, self._wide = copy.deepcopy(model).float(), in_float32(stacked)
         self._dense = DenseMerge(self._wide_model, self._wide, groups)
 
-    def draw(self, seed: int) -> dict[str, float]:
+    def draw(
+        self, seed: int, mixtures: Mixtures, active: Callable[[], AbstractContextManager[None]]
+    ) -> dict[str, float]:
         """Return the errors for some tokens and one mixture."""
         model, wide_model, sizes = self._model, self._wide_model, self._sizes
         gen = torch.Generator().manual_seed(seed)
@@ -82,8 +74,7 @@ class _Judge:
             return found
 
         def run(*, mixed: bool) -> Tensor:
-            active = self._mixtures.active(table) if mixed else nullcontext()
-            with active, self._layers.active() if self._layers else nullcontext():
+            with mixtures.active(table) if mixed else nullcontext(), active():
                 return logits(model)
 
         exact, exact_base = logits(wide_model, self._wide), logits(wide_model)
@@ -98,9 +89,9 @@ class _Judge:
         return {
             "error": error,
             "base_error": base_error,
-            "error_over_base": error / base_error if base_error else 1.0,
-            "error_over_base_eager": eager / base_eager if base_eager else 1.0,
-            "floor_over_base": floor / base_eager if base_eager else 1.0,
+            "error_over_base": _over(error, base_error),
+            "error_over_base_eager": _over(eager, base_eager),
+            "floor_over_base": _over(floor, base_eager),
             "float32_error": _relative(exact, merged),
             "float32_floor": _relative(alone, exact_base),
         }
@@ -122,6 +113,10 @@ def _rounded_once(model: Any, wide_model: Any, names: Iterable[str]) -> Iterator
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def _over(error: float, base_error: float) -> float:
+    return error / base_error if base_error else 1.0
 
 
 def _relative(found: Tensor, expected: Tensor) -> float:

@@ -13,7 +13,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from search.population import MixedLinear, is_compiling
-from search.stack import StackedFactors, StackedModule
+from search.stack import StackedFactors, StackedModule, mix_hidden
 
 OF_ONE_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """What models call the layers that one input goes to, in the order in which they call them. A model that has
@@ -40,9 +40,8 @@ class SharedInput:
         """
         if place == 0 or self._x is not x:
             c = torch.cat([layer.coefficients[:, layer.module.owner] for layer in self.layers], dim=1)
-            hidden = F.linear(x, self.A).mul_(c[:, None, :])
             ranks = [len(layer.module.owner) for layer in self.layers]
-            self._x, self._hidden = x, torch.split(hidden, ranks, dim=-1)
+            self._x, self._hidden = x, torch.split(mix_hidden(x, self.A, c), ranks, dim=-1)
         found = self._hidden[place]
         if place == len(self.layers) - 1:  # the last to be called: nothing is kept
             self._x, self._hidden = None, ()

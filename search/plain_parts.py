@@ -46,7 +46,7 @@ class PlainLinear(MixedLinear):
         """Map x (n_rows, n_tokens, d_in) to (n_rows, n_tokens, d_out)."""
         if self.idle:
             return self.layer(x)  # type: ignore[no-any-return]
-        hidden = mix_hidden(x, self.module, self.coefficients[:, self.module.owner])
+        hidden = mix_hidden(x, self.module.A, self.coefficients[:, self.module.owner])
         output: Tensor
         weight: Tensor
         if self.is_plain:

@@ -162,7 +162,7 @@ class MixedLinear(nn.Module):
         if not compiling and self.idle:
             return self.layer(x)  # type: ignore[no-any-return]
         c = self.coefficients[:, self.module.owner]  # (n_rows, total_rank)
-        hidden = mix_hidden(x, self.module, c)
+        hidden = mix_hidden(x, self.module.A, c)
         add = _add_product_ if compiling and not torch.is_grad_enabled() else _add_product
         output: Tensor
         if self.is_plain:

@@ -95,16 +95,16 @@ def delta_output(x: Tensor, module: StackedModule, coefficients: Tensor) -> Tens
     Returns:
         (n_rows, n_tokens, d_out)
     """
-    return F.linear(mix_hidden(x, module, coefficients[:, module.owner]), module.B)
+    return F.linear(mix_hidden(x, module.A, coefficients[:, module.owner]), module.B)
 
 
-def mix_hidden(x: Tensor, module: StackedModule, c: Tensor) -> Tensor:
+def mix_hidden(x: Tensor, A: Tensor, c: Tensor) -> Tensor:
     """The inner product c * (A x), (n_rows, n_tokens, total_rank), for c (n_rows, total_rank).
 
     c may be wider than x (float32 beside bfloat16): the product is then taken in c's type and rounded once,
     so that candidates closer than a step of bfloat16 still differ.
     """
-    return F.linear(x, module.A).mul_(c[:, None, :])
+    return F.linear(x, A).mul_(c[:, None, :])
 
 
 def delta_weight(module: StackedModule, coefficients: Tensor) -> Tensor:

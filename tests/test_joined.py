@@ -121,10 +121,8 @@ NAMES = ["v_proj", "q_proj", "k_proj"]
 
 def outputs(model, stacked, inputs, order, wrapped):
     """What a model puts out with wrappers in its layers' places, and these wrappers."""
-    model, coefficients = (
-        copy.deepcopy(model),
-        torch.randn(2, N_ADAPTERS, generator=torch.Generator().manual_seed(2)),
-    )
+    model, gen = copy.deepcopy(model), torch.Generator().manual_seed(2)
+    coefficients = torch.randn(2, N_ADAPTERS, generator=gen)
     layers = {name: MixedLinear(name, model.get_submodule(name), m) for name, m in stacked.modules.items()}
     if wrapped:
         layers |= join_inputs(model, stacked)
